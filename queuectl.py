@@ -1,0 +1,2422 @@
+#!/usr/bin/env python3
+"""queuectl: a durable job queue for one host, in one file.
+
+  queuectl enqueue '{"id":"hello","command":"echo Hello World"}'
+  queuectl worker start --count 2
+  queuectl status
+  queuectl list --state completed
+  queuectl dlq retry hello
+
+ cron, shells, scripts             daemon: one process, one thread, the only writer
+ +-------------+ JSON requests     +-----------------------------------------------+
+ | queuectl ...| and answers over  | socketserver -> Operations -> Store -> SQLite |
+ |             +------------------>|                     ^                         |
+ +------+------+ the Unix socket   |     Retry policy -> Loop <- Pool              |
+        | no daemon: the same      +------------------------+-------^--------------+
+        | Operations, in process,                 order,    |       | doorbell byte,
+        v under the same lock                     a socket  |       | worker file
+     SQLite                                          +------v-------+---+
+                                                     | worker 1 ... N   +-> /bin/sh -c COMMAND
+                                                     +------------------+   own session; output
+                                                                            into its run file
+Life cycle of a job, and what moves it:
+
+  (new)      -> pending              Store.insert, Store.adopt
+  pending    -> processing           Store.claim
+  failed     -> processing           Store.claim, once run_after has passed
+  processing -> completed            Store.finish: exit 0
+  processing -> failed               Store.finish: will be tried again
+  processing -> dead                 Store.finish: out of retries
+  processing -> pending or failed    Store.finish: given back, not counted
+  dead       -> pending              Store.requeue
+
+On disk: DB (SQLite, WAL), DB.lock (whoever holds its flock may open DB), DB.log, and DB-run/ with
+a file w.N for each worker (lock, slot and mailbox) and a file N for each running attempt.
+
+The sections of this file, each of which uses only those above it:
+
+  Constants and defaults
+  Errors
+  Time, ids and text
+  Files and processes
+  Settings and jobs
+  Retry policy
+  Schema
+  Store
+  Running a command
+  Protocol
+  Worker
+  Pool
+  Operations
+  Daemon
+  Client
+  Output
+  Commands
+  Main
+
+Licence: ISC
+"""
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # the script's directory: a json.py lying there must not be imported
+
+import argparse
+import collections
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import struct
+import time
+
+# ---- Constants and defaults ---------------------------------------------------------------------
+# What is fixed, and what `config set` may change. Times are milliseconds unless the name says _s.
+
+VERSION = "1.0.0"
+STATES = ("pending", "processing", "completed", "failed", "dead")
+FINISHED = ("completed", "dead")
+
+MAX_MS = 10 ** 12               # the longest duration taken, some 31 years
+MAX_COMMAND = 131071            # bytes: Linux takes no longer argument
+MAX_ENV = 1 << 20               # bytes of a job's own environment in all
+MAX_REQUEST = 16 << 20          # bytes of one request
+MAX_WORKERS = 1000
+MAX_SOCKET_PATH = 107           # bytes: sockaddr_un, less its NUL
+BATCH_JOBS = 1000               # `enqueue -` stores so many at once,
+BATCH_BYTES = 8 << 20           # or so many bytes
+PAGE_JOBS = 500                 # a list travels in pages of so many jobs,
+PAGE_BYTES = 1 << 20            # or so many bytes
+PROMOTE = 1000                  # due jobs made ready in one turn of the loop
+PURGE = 500                     # expired jobs deleted in one look
+MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to before it is cut
+
+GRACE_S = 2.0                   # from SIGTERM to SIGKILL
+SILENT_S = 10.0                 # a worker this long past its job's end is taken for hung
+LOOK_S = 1.0                    # between two looks at the database, the lock and the socket
+REACH_S = 10.0                  # how long a command tries to reach the queue
+ANSWER_S = 40.0                 # how long it then waits for an answer
+WRITE_S = 20.0                  # how long the daemon waits for another program's database lock
+IDLE_S = 60.0                   # a connection without a request is closed
+BUSY_S = 0.05                   # SQLite's own wait for a lock: the loop stands still meanwhile
+
+# kind: how the text is read (see read_setting); low, high: the range, or the choices
+Setting = collections.namedtuple("Setting", "default kind low high about")
+SETTINGS = {
+    "max-retries": Setting(3, "int", 1, 1000, "attempts in all before a job is dead"),
+    "delay-base": Setting(5000, "ms", 1, MAX_MS, "base of the backoff; counts as 1 s at least"),
+    "backoff": Setting("exponential", "choice", ("exponential", "linear", "fixed"), None,
+                       "how the wait before the next try grows"),
+    "max-delay": Setting(86400000, "ms", 1, MAX_MS, "longest wait before a try"),
+    "jitter": Setting(0, "int", 0, 100, "percent the wait is spread by, up and down"),
+    "timeout": Setting(5000, "ms", 0, MAX_MS, "longest run of an attempt, 0: no limit"),
+    "output-limit": Setting(65536, "int", 0, 16 << 20, "bytes of output kept of each attempt"),
+    "retention": Setting(0, "ms", 0, MAX_MS, "how long completed jobs are kept, 0: for ever"),
+    "shell": Setting("/bin/sh -c", "argv", None, None, "what a command is appended to"),
+}
+DEFAULT_SOCKET = "/tmp/queuectl.sock"
+
+# ---- Errors -------------------------------------------------------------------------------------
+# A Failure is expected: it becomes one line that says the way out, never a traceback.
+
+
+class Failure(Exception):
+    """A normal failure. `str()` is the line for the user; `details` travel in the answer."""
+
+    exit_code = 1
+
+    def __init__(self, message, **details):
+        super().__init__(message)
+        self.details = details
+
+
+class Usage(Failure):
+    """The command line itself is wrong."""
+
+    exit_code = 2
+
+
+class BadField(Failure):
+    """A job's field, or a setting, has a value it can't have."""
+
+    def __init__(self, field, problem):
+        super().__init__("field %s %s" % (safe(str(field)[:80]), problem))
+
+
+class NoDaemon(Failure):
+    """A command needs the daemon and none runs."""
+
+    def __init__(self, db):
+        super().__init__("no daemon runs for %s; start one with: worker start" % safe(db))
+
+
+class StorageError(Failure):
+    """The database can't be used now; nothing was changed."""
+
+
+class Busy(StorageError):
+    """Another program holds the database's write lock."""
+
+
+class Replaced(StorageError):
+    """The database or the lock file is no longer the one that was opened."""
+
+
+def storage_error(path, error):
+    """The StorageError for a sqlite3 or OS `error` on the database at `path`, with what to do."""
+    text, path = str(error), safe(path)
+    for words, kind, advice in (
+            ("locked", Busy, "%s is locked by another program; try again when it is done"),
+            ("disk is full", StorageError, "no space left for %s; free some and try again"),
+            ("readonly", StorageError, "%s can't be written; check its mode and its file system"),
+            ("unable to open", StorageError, "%s can't be opened; check its directory"),
+            ("not a database", StorageError, "%s is not a database; restore a backup or move it"),
+            ("malformed", StorageError, "%s is corrupt; restore a backup, or save what is left"
+                                        " with: sqlite3 FILE .recover"),
+            ("no such", StorageError, "%s is not a queue's database: another program changed it"),
+            ("disk I/O", StorageError, "%s can't be read or written; look at the kernel's log")):
+        if words in text:
+            return kind((advice % path) + " (%s)" % text)
+    return StorageError("the database %s failed: %s" % (path, safe(text)))
+
+
+# ---- Time, ids and text -------------------------------------------------------------------------
+# The only place that reads a clock. Everything below takes `now`: milliseconds since 1970, UTC.
+
+UNITS_MS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000, "d": 86400000}
+DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
+                  r"\s?([Zz]|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII)
+
+
+def now_ms():
+    """The wall clock, in ms since 1970."""
+    return int(time.time() * 1000)
+
+
+def monotonic():
+    """Seconds on a clock that nobody sets: for timeouts."""
+    return time.monotonic()
+
+
+def iso(ms):
+    """2026-01-15T10:30:00.000Z for ms since 1970; None for None."""
+    if ms is None:
+        return None
+    seconds, rest = divmod(ms, 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03dZ" % rest
+
+
+def parse_date(text):
+    """ms since 1970 of an ISO 8601 date-time (also SQLite's form); without an offset it is UTC."""
+    from datetime import datetime, timedelta
+    match = DATE.fullmatch(text.strip()) if isinstance(text, str) else None
+    if not match:
+        raise ValueError("not a date")
+    year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
+    moment = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
+    offset = (match.group(8) or "Z").replace(":", "")
+    if offset not in "Zz":
+        hours, minutes = int(offset[1:3]), int(offset[3:] or 0)
+        if hours > 23 or minutes > 59:
+            raise ValueError("not an offset")
+        ahead = timedelta(hours=hours, minutes=minutes)
+        moment += ahead if offset[0] == "-" else -ahead
+    millis = int(((match.group(7) or "") + "000")[:3])
+    return (moment.days * 86400 + moment.seconds) * 1000 + millis
+
+
+def parse_duration(text, bare=None):
+    """ms of `90s`, `5m`, `2h`, `1d`, `500ms`; a bare number has the unit `bare`, or is refused."""
+    match = re.fullmatch(r"(\d{1,13})([a-z]*)", text.strip(), re.ASCII)
+    unit = match and (match.group(2) or bare)
+    if unit not in UNITS_MS:
+        raise ValueError("needs a unit: 90s, 5m, 2h or 1d")
+    return int(match.group(1)) * UNITS_MS[unit]
+
+
+def new_ids(now, count=1):
+    """`count` new job ids that sort by time: 20260115T103000123-4f2a9c01."""
+    stem = re.sub("[-:.Z]", "", iso(now))
+    first = int.from_bytes(os.urandom(4), "big") & 0x7fffffff
+    return ["%s-%08x" % (stem, first + i) for i in range(count)]
+
+
+def safe(text):
+    """`text` with everything escaped that a terminal would act on or hide."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plural(count, noun):
+    return "%d %s%s" % (count, noun, "" if count == 1 else "s")
+
+
+def compact(value):
+    """`value` as JSON in one ASCII line."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def decode_json(text, what):
+    """The value of a JSON text; a Failure naming `what` when it is none."""
+    def refuse(constant):
+        raise ValueError("%s is not JSON" % constant)
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise Failure("%s is nested too deeply" % what)
+    except ValueError as error:
+        raise Failure("%s is not JSON: %s" % (what, safe(str(error))))
+
+
+# ---- Files and processes ------------------------------------------------------------------------
+# Files that nobody planted, and processes that are the ones we mean.
+
+
+def refuse_link(path, status):
+    """Raise unless `status` is of a regular file of ours with one name."""
+    if not stat.S_ISREG(status.st_mode):
+        raise Failure("%s is not a regular file; move it away" % safe(path))
+    if status.st_uid != os.geteuid():
+        raise Failure("%s belongs to another user (uid %d); run as that user or use another --db"
+                      % (safe(path), status.st_uid))
+    if status.st_nlink > 1:
+        raise Failure("%s has a second name (hard link); move it away" % safe(path))
+
+
+def open_private(path, flags=os.O_RDWR | os.O_CREAT):
+    """A descriptor on a file of ours, mode 0600, made if need be. Links are never followed."""
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Failure("%s is a symbolic link; move it away" % safe(path))
+        raise Failure("can't open %s: %s" % (safe(path), error.strerror))
+    try:
+        status = os.fstat(fd)
+        refuse_link(path, status)
+        if stat.S_IMODE(status.st_mode) != 0o600:
+            os.fchmod(fd, 0o600)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def others_can_write(status):
+    """Whether someone else may write there; a primary group that bears the user's name may."""
+    if status.st_mode & 0o002:
+        return True
+    if not status.st_mode & 0o020:
+        return False
+    import grp
+    import pwd
+    try:
+        mine = pwd.getpwuid(os.geteuid())
+        return (status.st_gid != mine.pw_gid
+                or grp.getgrgid(status.st_gid).gr_name != mine.pw_name)
+    except KeyError:
+        return True
+
+
+def private_directory(path):
+    """Make `path` a directory of ours, 0700, or see that it is one nobody else can write."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise Failure("%s is not a directory of yours; move it away" % safe(path))
+    if others_can_write(status):
+        raise Failure("%s can be written by others; run: chmod go-w %s" % (safe(path), safe(path)))
+
+
+def check_folder(folder):
+    """Refuse a directory that is missing, or where others could meddle with root's files."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise Failure("no directory %s (%s); make it, or give another --db"
+                      % (safe(folder), error.strerror))
+    if os.geteuid() == 0 and (status.st_uid != 0 or others_can_write(status)):
+        raise Failure("%s can be written by others than root; use a directory that can't"
+                      % safe(folder))
+
+
+def check_database(path):
+    """Refuse a database with planted files, or one where SQLite's locks don't work."""
+    for name in (path, path + "-wal", path + "-shm", path + "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            refuse_link(name, os.lstat(name))
+    folder = os.path.dirname(path)
+    kind = file_system(folder)
+    if re.match(r"nfs|cifs|smb|9p|afs|ceph|gluster|lustre|ncp|fuse\.(ssh|gluster|ceph|s3|rclone)",
+                kind):
+        raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
+                      " give a --db on a local disk" % (safe(folder), kind))
+
+
+def file_system(folder, table="/proc/self/mountinfo"):
+    """The type of the file system that `folder` is on ("" where the system doesn't say)."""
+    best = ("", "")
+    with contextlib.suppress(OSError), open(table, errors="surrogateescape") as mounts:
+        for line in mounts:
+            left, _, right = line.partition(" - ")
+            point = re.sub(r"\\(\d{3})", lambda m: chr(int(m.group(1), 8)), left.split()[4])
+            if (folder + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
+                best = (point, right.split()[0])
+    return best[1]
+
+
+def boot_id():
+    """Differs after each boot; "" where the system doesn't say."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+    return ""
+
+
+def process_start(pid):
+    """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+    except OSError:
+        if os.path.exists("/proc/self/stat"):
+            return ""
+    import subprocess
+    try:
+        return subprocess.check_output(["ps", "-o", "lstart=", "-p", str(pid)]).decode().strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def is_locked(path):
+    """True, False, or None when there is no such file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def holders(path):
+    """The pids, but for our own, that have `path` open for writing: `logs` and `tail` only read.
+    Empty where there is no /proc."""
+    found = []
+    with contextlib.suppress(OSError):
+        wanted = os.stat(path)
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                for fd in os.listdir("/proc/%s/fd" % pid):
+                    if has_open(pid, fd, wanted) and int(pid) != os.getpid():
+                        found.append(int(pid))
+                        break
+    return found
+
+
+def has_open(pid, fd, wanted):
+    """Whether descriptor `fd` of `pid` is the file with status `wanted`, open for writing."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat("/proc/%s/fd/%s" % (pid, fd)), wanted):
+            with open("/proc/%s/fdinfo/%s" % (pid, fd)) as info:
+                flags = re.search(r"flags:\s*([0-7]+)", info.read())
+            return bool(flags) and int(flags.group(1), 8) & os.O_ACCMODE != os.O_RDONLY
+    return False
+
+
+def pad(value, size):
+    """`value` as JSON, filled with blanks to `size` bytes: one write replaces it whole."""
+    return compact(value).encode().ljust(size - 1) + b"\n"
+
+
+def unpad(data):
+    """What `pad` wrote, or {} when it is garbled."""
+    try:
+        value = json.loads(data.decode())
+        return value if isinstance(value, dict) else {}
+    except ValueError:
+        return {}
+
+
+# ---- Settings and jobs --------------------------------------------------------------------------
+# The job's record, and the checks of whatever a user or another program gives.
+
+
+def read_setting(key, value):
+    """The typed value of setting `key` given as text or number; BadField, or Failure if unknown."""
+    if key not in SETTINGS:
+        raise Failure("unknown setting %s; known are %s"
+                      % (safe(str(key)[:80]), ", ".join(SETTINGS)))
+    kind, low, high = SETTINGS[key][1:4]
+    text = str(value).strip()
+    try:
+        if kind == "choice":
+            if text not in low:
+                raise ValueError("must be one of " + ", ".join(low))
+            return text
+        if kind == "argv":
+            return " ".join(split_shell(text)) and text
+        number = parse_duration(text, bare="ms") if kind == "ms" else whole(text)
+        return in_range(number, low, high)
+    except ValueError as error:
+        raise BadField(key, str(error))
+
+
+def split_shell(text):
+    """The argv that the `shell` setting stands for."""
+    import shlex
+    argv = shlex.split(as_text(text))
+    if not argv:
+        raise ValueError("must name a program, like /bin/sh -c")
+    return argv
+
+
+def whole(text):
+    if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
+        raise ValueError("must be a whole number")
+    return int(text)
+
+
+def in_range(number, low, high):
+    if not low <= number <= high:
+        raise ValueError("must be %d to %d" % (low, high))
+    return number
+
+
+def as_text(value):
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    if "\0" in value:
+        raise ValueError("must not hold a NUL")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode (a lone surrogate)")
+    return value
+
+
+def as_id(value):
+    value = as_text(value)
+    if not 1 <= len(value) <= 128 or not value.isprintable() or " " in value or "/" in value:
+        raise ValueError("must be 1 to 128 printable characters without spaces or slashes")
+    return value
+
+
+def as_command(value):
+    size = len(as_text(value).encode())
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if size > MAX_COMMAND:
+        raise ValueError("is too long: %d bytes, at most %d; put it into a script"
+                         % (size, MAX_COMMAND))
+    return value
+
+
+def as_int(value, low, high):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("must be a whole number, %d to %d" % (low, high))
+    return in_range(value, low, high)
+
+
+def as_ms(value):
+    if isinstance(value, str):
+        value = parse_duration(value)
+    return as_int(value, 0, MAX_MS)
+
+
+def as_date(value):
+    try:
+        ms = parse_date(value)
+    except (ValueError, OverflowError):
+        ms = -1
+    if ms < 0:
+        raise ValueError("must be a date-time since 1970, like 2026-01-15T10:30:00Z")
+    return iso(ms)
+
+
+def as_cwd(value):
+    if not as_text(value).startswith("/") or len(value.encode()) > 4095:
+        raise ValueError("must be an absolute path")
+    return value
+
+
+def as_env(value):
+    """The JSON text of an object of text to text."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of text to text")
+    for name, text in value.items():
+        if not name or "=" in as_text(name):
+            raise ValueError("has a name that is empty or holds a =")
+        if len(as_text(text).encode()) + len(name.encode()) >= MAX_COMMAND:
+            raise ValueError("has a value that is too long: %s" % safe(name[:80]))
+    text = compact(value)
+    if len(text) > MAX_ENV:
+        raise ValueError("is too large: at most %d bytes" % MAX_ENV)
+    return text
+
+
+def as_unique(value):
+    if not 1 <= len(as_text(value)) <= 1024:
+        raise ValueError("must be 1 to 1024 characters")
+    return value
+
+
+FIELDS = {  # what a job may be given -> the check that returns what is stored
+    "id": as_id,
+    "command": as_command,
+    "priority": lambda value: as_int(value, -1000, 1000),
+    "run_after": as_date,
+    "timeout": as_ms,
+    "max_retries": lambda value: as_int(value, 1, 1000),
+    "cwd": as_cwd,
+    "env": as_env,
+    "unique": as_unique,
+}
+OWN_TIMEOUT, OWN_RETRIES = 1, 2  # bits of Job.own: not replaced by the settings on `dlq retry`
+
+PUBLIC = ("id command state attempts max_retries priority timeout created_at updated_at run_after"
+          " locked_at started_at finished_at exit_code error cwd env unique").split()
+
+
+class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".split())):
+    """A row of the table jobs. Dates are ISO texts, `env` is JSON text or None, and
+
+    due      ms when a waiting job must be made ready; 0: a row to adopt; else NULL
+    ready    1 when it can be claimed, else NULL
+    own      OWN_… bits: what the job brought itself
+    runs     attempts over its whole life
+    serial   of its open attempt, else NULL
+    """
+
+    __slots__ = ()
+
+    def public(self):
+        """The job as users see it."""
+        shown = dict(zip(PUBLIC, self))
+        shown["env"] = json.loads(self.env) if self.env else {}
+        return shown
+
+    def waiting(self, due, now):
+        """The job with its turn at `due`: ready if that has come."""
+        return self._replace(due=due if due > now else None, ready=None if due > now else 1)
+
+
+def make_job(given, settings, now, cwd=None, job_id=None):
+    """A pending Job from the object a user gave (see FIELDS); raises BadField.
+
+    `cwd` and `job_id` are what it gets where it brings none.
+    """
+    if not isinstance(given, dict):
+        raise Failure('a job is a JSON object like {"command":"true"}')
+    fields = {}
+    for name, value in given.items():
+        if name not in FIELDS:
+            raise BadField(name, "is unknown; known are " + ", ".join(FIELDS))
+        try:
+            fields[name] = FIELDS[name](value)
+        except ValueError as error:
+            raise BadField(name, str(error))
+    if "command" not in fields:
+        raise BadField("command", "is required")
+    own = OWN_TIMEOUT * ("timeout" in fields) + OWN_RETRIES * ("max_retries" in fields)
+    stamp, get = iso(now), fields.get
+    run_after = get("run_after", stamp)
+    due = parse_date(run_after) if "run_after" in fields else now
+    return Job(get("id") or job_id or new_ids(now)[0], fields["command"], "pending", 0,
+               get("max_retries", settings["max-retries"]), get("priority", 0),
+               get("timeout", settings["timeout"]), stamp, stamp, run_after, None, None, None,
+               None, None, get("cwd", cwd), get("env"), get("unique"), due if due > now else None,
+               None if due > now else 1, own, 0, None)
+
+
+def adopted(job, settings, now):
+    """A row that another program wrote, as a job like any other. What is NULL or out of range
+    gets its default; a command that can't run, or a date that is none, makes it dead."""
+    def number(value, low, high, default):
+        return min(max(value, low), high) if type(value) is int else default
+    stamp = iso(now)
+    job = job._replace(
+        id=job.id if isinstance(job.id, str) and job.id else new_ids(now)[0],
+        state="pending" if job.state is None else job.state,
+        attempts=number(job.attempts, 0, 1 << 30, 0),
+        max_retries=number(job.max_retries, 1, 1000, settings["max-retries"]),
+        timeout=number(job.timeout, 0, MAX_MS, settings["timeout"]),
+        priority=number(job.priority, -1000, 1000, 0), due=None, ready=None)
+    try:
+        field, _ = "state", job.state in STATES or as_state(job.state)
+        for field in ("created_at", "updated_at", "run_after"):
+            job = job._replace(**{field: as_date(getattr(job, field) or stamp)})
+        for field in ("locked_at", "started_at", "finished_at"):
+            if getattr(job, field):
+                job = job._replace(**{field: as_date(getattr(job, field))})
+        field, _ = "command", as_command(job.command)
+    except ValueError as error:
+        printable = {name: safe(str(value)) for name, value in zip(PUBLIC, job)
+                     if isinstance(value, (str, bytes))}
+        return job._replace(**dict(printable, state="dead", finished_at=stamp,
+                                   error="field %s %s" % (field, error)))
+    if job.state in FINISHED:
+        return job._replace(finished_at=job.finished_at or job.updated_at)
+    return job.waiting(parse_date(job.run_after), now)._replace(finished_at=None)
+
+
+def as_state(value):
+    if value not in STATES:
+        raise ValueError("must be one of " + ", ".join(STATES))
+    return value
+
+
+# ---- Retry policy -------------------------------------------------------------------------------
+# What becomes of a job after an attempt. Pure: it reads no clock and touches no store.
+
+# status: as subprocess gives it, 3 for exit 3, -9 for SIGKILL, None if unknown; reason: why it
+# ended: "" by itself, "timeout", "cancelled", "lost" (with its worker), "refused" (can't run, see
+# detail), and, given back: "stopped" (orderly stop), "unstarted" (no space, no process);
+# dropped: bytes cut from the start of its output; ended_at: ms
+Outcome = collections.namedtuple("Outcome", "status reason detail dropped ended_at")
+GIVEN_BACK = ("stopped", "unstarted")
+
+# due: ms when a failed job runs again; attempts: what the job's count becomes
+Verdict = collections.namedtuple("Verdict", "state attempts due error")
+
+
+def backoff_ms(attempts, settings, spread=0.0):
+    """The wait before the next try after `attempts` of them; `spread`, -1 to 1, takes the jitter."""
+    base = max(settings["delay-base"] / 1000.0, 1.0)
+    kind, longest = settings["backoff"], settings["max-delay"]
+    try:
+        seconds = (base ** attempts if kind == "exponential"
+                   else base * attempts if kind == "linear" else base)
+    except OverflowError:
+        return longest
+    return int(min(seconds * 1000 * (1 + spread * settings["jitter"] / 100.0), longest))
+
+
+def failure_text(job, outcome):
+    """One line that says how an attempt failed; None if it did not."""
+    if outcome.reason == "timeout":
+        return ("timed out after %d ms (raise it with --timeout or: config set timeout 0)"
+                % job.timeout)
+    if outcome.reason:
+        return {"lost": "worker lost"}.get(outcome.reason, outcome.detail or outcome.reason)
+    if outcome.status is None or outcome.status >= 0:
+        return "exit %s" % outcome.status if outcome.status else None
+    return "killed by " + signal_name(-outcome.status)
+
+
+def signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal %d" % number
+
+
+def decide(job, outcome, settings, now, spread=0.0):
+    """The Verdict on `job` (attempts, max_retries, timeout) after an attempt of it."""
+    if outcome.reason in GIVEN_BACK:
+        return Verdict("failed" if job.attempts else "pending", job.attempts, now, None)
+    error, attempts = failure_text(job, outcome), job.attempts + 1
+    if error is None:
+        return Verdict("completed", attempts, None, None)
+    if attempts >= job.max_retries or outcome.reason == "cancelled":
+        return Verdict("dead", attempts, None, error)
+    return Verdict("failed", attempts, now + backoff_ms(attempts, settings, spread), error)
+
+
+# ---- Schema -------------------------------------------------------------------------------------
+# Numbered migrations, each run in one transaction. Released ones are never edited: add another.
+# jobs, config and metrics begin as the original QueueCTL made them, so its databases open here.
+# A row that another program inserts has due = 0: it is adopted at the next look.
+# Not partial indexes (SQLite 3.8) nor WITHOUT ROWID (3.8.2): 3.7.17 has neither.
+
+MIGRATIONS = (
+    ("""CREATE TABLE IF NOT EXISTS jobs (
+            id TEXT PRIMARY KEY,
+            command TEXT NOT NULL,
+            state TEXT DEFAULT 'pending',
+            attempts INT DEFAULT 0,
+            max_retries INT DEFAULT 3,
+            created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
+            updated_at DATETIME DEFAULT CURRENT_TIMESTAMP,
+            locked_at DATETIME,
+            timeout INT DEFAULT 5000,
+            run_after DATETIME DEFAULT CURRENT_TIMESTAMP,
+            priority INT DEFAULT 0,
+            started_at DATETIME)""",
+     """CREATE TABLE IF NOT EXISTS config (key TEXT PRIMARY KEY, value TEXT)""",
+     """CREATE TABLE IF NOT EXISTS metrics (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            daemon_startup DATETIME DEFAULT CURRENT_TIMESTAMP,
+            total_commands INT DEFAULT 0)""",
+     "ALTER TABLE jobs ADD COLUMN finished_at TEXT",
+     "ALTER TABLE jobs ADD COLUMN exit_code INTEGER",
+     "ALTER TABLE jobs ADD COLUMN error TEXT",
+     "ALTER TABLE jobs ADD COLUMN cwd TEXT",
+     "ALTER TABLE jobs ADD COLUMN env TEXT",
+     "ALTER TABLE jobs ADD COLUMN 'unique' TEXT",
+     "ALTER TABLE jobs ADD COLUMN due INTEGER DEFAULT 0",
+     "ALTER TABLE jobs ADD COLUMN ready INTEGER",
+     "ALTER TABLE jobs ADD COLUMN own INTEGER DEFAULT 0",
+     "ALTER TABLE jobs ADD COLUMN runs INTEGER DEFAULT 0",
+     "ALTER TABLE jobs ADD COLUMN serial INTEGER",
+     "CREATE INDEX jobs_ready ON jobs (ready, priority DESC)",
+     "CREATE INDEX jobs_due ON jobs (due)",
+     "CREATE INDEX jobs_state ON jobs (state)",
+     "CREATE INDEX jobs_finished ON jobs (finished_at)",
+     # The open attempts. That `job` is unique here is promise 2: no job runs twice at once.
+     """CREATE TABLE running (
+            serial INTEGER PRIMARY KEY,
+            job TEXT NOT NULL UNIQUE,
+            slot INTEGER NOT NULL,
+            boot TEXT NOT NULL,
+            started_at INTEGER NOT NULL)""",
+     """CREATE TABLE attempts (
+            serial INTEGER PRIMARY KEY,
+            job TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            worker INTEGER,
+            started_at TEXT,
+            finished_at TEXT,
+            exit_code INTEGER,
+            signal TEXT,
+            error TEXT,
+            dropped INTEGER NOT NULL,
+            output BLOB)""",
+     "CREATE INDEX attempts_job ON attempts (job)",
+     # The last job that was given a key; it holds it while it is unfinished.
+     "CREATE TABLE unique_keys (key TEXT PRIMARY KEY, job TEXT NOT NULL)",
+     # What was answered to the last writes: a client whose connection broke may ask again.
+     "CREATE TABLE answers (number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)",
+     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT)",
+     "INSERT INTO meta VALUES ('identity', lower(hex(randomblob(16))))",
+     """CREATE TABLE totals (
+            enqueued INTEGER NOT NULL,
+            completed INTEGER NOT NULL,
+            failed INTEGER NOT NULL,
+            dead INTEGER NOT NULL,
+            runtime_ms INTEGER NOT NULL,
+            longest_ms INTEGER NOT NULL,
+            serial INTEGER NOT NULL)""",
+     "INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0)",
+     # Counted by triggers, so that rows written by another program count too.
+     "CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL)",
+     """INSERT INTO counts
+        SELECT 'pending', 0 UNION SELECT 'processing', 0 UNION SELECT 'completed', 0
+        UNION SELECT 'failed', 0 UNION SELECT 'dead', 0""",
+     """UPDATE counts
+        SET jobs = (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)""",
+     """CREATE TRIGGER jobs_added AFTER INSERT ON jobs BEGIN
+            UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
+        END""",
+     """CREATE TRIGGER jobs_moved AFTER UPDATE OF state ON jobs WHEN OLD.state IS NOT NEW.state
+        BEGIN
+            UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+            UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
+        END""",
+     """CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
+            UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+            DELETE FROM attempts WHERE job = OLD.id;
+            DELETE FROM unique_keys WHERE key = OLD."unique" AND job = OLD.id;
+        END""",
+     # We never leave a waiting job without a turn; another program that sets the state does.
+     """CREATE TRIGGER jobs_revived AFTER UPDATE OF state ON jobs
+        WHEN NEW.state IN ('pending', 'failed') AND NEW.due IS NULL AND NEW.ready IS NULL
+        BEGIN
+            UPDATE jobs SET due = 0 WHERE rowid = NEW.rowid;
+        END"""),
+)
+
+# ---- Store --------------------------------------------------------------------------------------
+# The only SQL. Whoever makes a Store holds the queue's lock. Every write is made inside
+# `transaction()`, takes the time as `now` (ms), and names the arrow it stands for.
+
+COLUMNS = ", ".join('"%s"' % name for name in Job._fields)
+
+# An open attempt with what is needed to run it and to judge it. started_at: ms; number: counts
+# over the job's life
+Claim = collections.namedtuple(
+    "Claim", "serial slot boot started_at job number attempts max_retries timeout command cwd env")
+
+
+class Store:
+    """The database at `path` (":memory:": an empty one). One connection, one thread.
+
+    `known` is the identity that the lock file remembers: a database with another one, or none,
+    is refused untouched. Raises StorageError.
+    """
+
+    def __init__(self, path, known=None):
+        self.path = path
+        self.known = known
+        self.connection = None   # None after trouble: the next use opens anew
+        self.file = None         # (st_dev, st_ino) of the database
+        self.synchronous = None  # the level last set
+        self.settings = {}       # key -> typed value, as of the last `read_settings`
+        self.next_due = None     # ms: no job comes due earlier; None: unknown
+        self.open()
+
+    # -- opening
+
+    def open(self):
+        import sqlite3
+        if self.path != ":memory:":
+            self.guard()
+        with self.translated():
+            self.connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+            self.synchronous = None
+            try:
+                version = self.identify()
+                if self.path != ":memory:":
+                    self.remember_file()
+                    if self.value("PRAGMA journal_mode = WAL") != "wal":
+                        raise StorageError("%s can't use WAL; check its file system"
+                                           % safe(self.path))
+                self.connection.execute("PRAGMA journal_size_limit = 8388608").fetchall()
+                for number in range(version, len(MIGRATIONS)):
+                    self.migrate(number)
+                self.known = self.meta("identity")
+                self.read_settings()
+            except BaseException:
+                self.close()
+                raise
+
+    def guard(self):
+        """See that the file is ours, or make it; never while a connection to it is open."""
+        check_database(self.path)
+        if not os.path.exists(self.path):
+            if self.known:
+                raise self.foreign("is gone")
+            os.close(open_private(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        status = os.stat(self.path)
+        if not status.st_mode & 0o200 or not os.access(self.path, os.W_OK):
+            raise StorageError("%s is read-only; run: chmod u+w %s"
+                               % (safe(self.path), safe(self.path)))
+        if os.geteuid() == 0 and others_can_write(status):
+            raise StorageError("%s can be written by others; run: chmod 600 %s"
+                               % (safe(self.path), safe(self.path)))
+
+    def foreign(self, what):
+        return StorageError(
+            "%s %s, but %s remembers a queue; restore the database, or remove %s if this is meant"
+            % (safe(self.path), what, safe(self.path + ".lock"), safe(self.path + ".lock")))
+
+    def identify(self):
+        """The schema's version, after the checks that must leave the file untouched."""
+        version = self.value("PRAGMA user_version")
+        if version > len(MIGRATIONS):
+            raise StorageError("%s was made by a newer queuectl (schema %d, this is %s with %d);"
+                               " use that one" % (safe(self.path), version, VERSION,
+                                                  len(MIGRATIONS)))
+        if self.known and (version == 0 or self.meta("identity") != self.known):
+            raise self.foreign("is empty" if version == 0 else "is another queue's")
+        return version
+
+    def remember_file(self):
+        status = os.stat(self.path)
+        self.file = (status.st_dev, status.st_ino)
+
+    def migrate(self, number):
+        """Run migration `number` and note it; all or nothing."""
+        with self.transaction():
+            if self.value("PRAGMA user_version") == number:
+                for statement in MIGRATIONS[number]:
+                    self.connection.execute(statement)
+                self.connection.execute("PRAGMA user_version = %d" % (number + 1))
+                self.query("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
+
+    def close(self):
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):  # closing is all that is wanted of it
+                connection.close()
+
+    # -- transactions
+
+    @contextlib.contextmanager
+    def translated(self):
+        """sqlite3's errors as ours."""
+        import sqlite3
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise storage_error(self.path, error)
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable=True):
+        """All or nothing; with `durable` it is on the disk when the block has ended."""
+        if self.connection is None:
+            self.open()
+        with self.translated():
+            self.synchronize("FULL" if durable else "NORMAL")
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.connection.execute("COMMIT")
+            except BaseException:
+                self.rollback()
+                raise
+        self.check_file()
+
+    def synchronize(self, level):
+        """Set before BEGIN: SQLite ignores it inside a transaction."""
+        if self.synchronous != level:
+            self.connection.execute("PRAGMA synchronous = %s" % level)
+            self.synchronous = level
+
+    def rollback(self):
+        """Undo; after trouble of SQLite's own the connection isn't used again."""
+        import sqlite3
+        self.next_due = None
+        try:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            if isinstance(sys.exc_info()[1], sqlite3.DatabaseError):
+                self.close()
+        except sqlite3.Error:
+            self.close()
+
+    @contextlib.contextmanager
+    def savepoint(self):
+        """Inside a transaction: what the block wrote is undone if it fails."""
+        self.connection.execute("SAVEPOINT request")
+        try:
+            yield
+        except Failure:
+            self.connection.execute("ROLLBACK TO request")
+            raise
+        finally:
+            if self.connection is not None and self.connection.in_transaction:
+                self.connection.execute("RELEASE request")
+
+    def check_file(self):
+        """Raise Replaced unless the path still leads to the file that is open: SQLite goes on
+        writing into a deleted one in silence."""
+        if self.file is None:
+            return
+        try:
+            status = os.stat(self.path)
+            here = (status.st_dev, status.st_ino)
+        except OSError:
+            here = None
+        if here != self.file:
+            self.close()
+            raise Replaced("%s was removed or replaced while in use; nothing more is stored in it"
+                           % safe(self.path))
+
+    def query(self, sql, values=()):
+        """All rows: an open cursor would hide others' writes."""
+        if self.connection is None:
+            self.open()
+        return self.connection.execute(sql, values).fetchall()
+
+    def value(self, sql, values=()):
+        """The first column of the first row, or None."""
+        rows = self.query(sql, values)
+        return rows[0][0] if rows else None
+
+    def write(self, sql, values):
+        """The number of rows written."""
+        return self.connection.execute(sql, values).rowcount
+
+    # -- settings and other values
+
+    def read_settings(self):
+        """Settings as stored; what is NULL, missing or nonsense has its default."""
+        stored = dict(self.query("SELECT key, value FROM config WHERE value IS NOT NULL"))
+        for key, setting in SETTINGS.items():
+            self.settings[key] = setting.default
+            with contextlib.suppress(Failure):
+                self.settings[key] = read_setting(key, stored.get(key, setting.default))
+
+    def set_setting(self, key, value):
+        self.write("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)", (key, str(value)))
+        self.read_settings()
+
+    def meta(self, key):
+        return self.value("SELECT value FROM meta WHERE key = ?", (key,))
+
+    def set_meta(self, key, value):
+        self.write("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
+
+    def wanted(self):
+        """The number of workers wanted."""
+        return int(self.meta("workers") or 0)
+
+    def set_wanted(self, count):
+        self.set_meta("workers", str(count))
+
+    def recall(self, once):
+        """The answer given to the write `once`, or None."""
+        return self.value("SELECT answer FROM answers WHERE once = ?", (once,))
+
+    def remember(self, once, answer):
+        self.write("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
+        self.write("""DELETE FROM answers
+                      WHERE number <= (SELECT MAX(number) FROM answers) - 1000""", ())
+
+    # -- jobs coming in
+
+    def insert(self, jobs):
+        """(new) -> pending. The caller has seen that the ids are free."""
+        self.connection.executemany("INSERT INTO jobs (%s) VALUES (%s)" % (
+            COLUMNS, ", ".join("?" * len(Job._fields))), jobs)
+        self.connection.executemany("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
+                                    [(job.unique, job.id) for job in jobs if job.unique])
+        self.write("UPDATE totals SET enqueued = enqueued + ?", (len(jobs),))
+        for job in jobs:
+            self.expect(job.due)
+
+    def expect(self, due):
+        """Keep `next_due` no later than `due`."""
+        if due is not None and self.next_due is not None:
+            self.next_due = min(self.next_due, due)
+
+    def has(self, job_id):
+        return self.value("SELECT 1 FROM jobs WHERE id = ?", (job_id,)) is not None
+
+    def holder(self, key):
+        """The id of the unfinished job that holds the unique key, or None."""
+        return self.value("""SELECT jobs.id
+                             FROM unique_keys JOIN jobs ON jobs.id = unique_keys.job
+                             WHERE unique_keys.key = ? AND jobs."unique" = unique_keys.key
+                               AND jobs.state IN ('pending', 'processing', 'failed')""", (key,))
+
+    def strangers(self):
+        """[(rowid, Job)] written by another program, some at a time."""
+        self.connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+        try:
+            rows = self.query("SELECT rowid, %s FROM jobs WHERE due = 0 LIMIT ?" % COLUMNS,
+                              (PROMOTE,))
+        finally:
+            self.connection.text_factory = str
+        return [(row[0], Job._make(row[1:])) for row in rows]
+
+    def adopt(self, rowid, job):
+        """(new) -> pending, or whatever state another program gave its row."""
+        self.write("UPDATE jobs SET %s WHERE rowid = ?" % ", ".join(
+            '"%s" = ?' % name for name in Job._fields), tuple(job) + (rowid,))
+        self.write("UPDATE totals SET enqueued = enqueued + ?", (not job.runs,))
+        self.expect(job.due)
+
+    def open_serial(self, job_id):
+        """The serial of the job's open attempt, or None."""
+        return self.value("SELECT serial FROM running WHERE job = ?", (job_id,))
+
+    def put_back(self, rowid):
+        """pending or failed -> processing: another program changed the row of a running job."""
+        self.write("UPDATE jobs SET state = 'processing', due = NULL WHERE rowid = ?", (rowid,))
+
+    # -- jobs coming due
+
+    def promote(self, now):
+        """Make due jobs ready, so many at a time; the number of them."""
+        promoted = self.write("""UPDATE jobs SET ready = 1, due = NULL
+                                 WHERE rowid IN (SELECT rowid FROM jobs
+                                                 WHERE due > 0 AND due <= :now
+                                                 ORDER BY due LIMIT :most)""",
+                              {"now": now, "most": PROMOTE})
+        self.next_due = self.value("SELECT due FROM jobs WHERE due > 0 ORDER BY due LIMIT 1")
+        if self.next_due is None:
+            self.next_due = now + MAX_MS
+        return promoted
+
+    def pull_in(self, now):
+        """Backoffs that reach further than `max-delay` come from a clock that was set back."""
+        self.next_due = None
+        return self.write("""UPDATE jobs SET due = :now
+                             WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_state
+                                             WHERE state = 'failed' AND due > :latest)""",
+                          {"now": now, "latest": now + self.settings["max-delay"]})
+
+    # -- attempts
+
+    def claim(self, slots, boot, now):
+        """pending or failed -> processing: a Claim for each of `slots`, as far as jobs are ready,
+        by priority, then age."""
+        rows = self.query("""SELECT rowid, id, runs + 1, attempts, max_retries, timeout, command,
+                                    cwd, env
+                             FROM jobs
+                             WHERE ready = 1
+                               AND NOT EXISTS (SELECT 1 FROM running WHERE running.job = jobs.id)
+                             ORDER BY priority DESC, rowid
+                             LIMIT ?""", (len(slots),))
+        if not rows:
+            return []
+        serial, stamp = self.value("SELECT serial FROM totals"), iso(now)
+        claims = [Claim(serial + i + 1, slot, boot, now, *row[1:])
+                  for i, (slot, row) in enumerate(zip(slots, rows))]
+        self.connection.executemany("INSERT INTO running VALUES (?, ?, ?, ?, ?)", [
+            (claim.serial, claim.job, claim.slot, boot, now) for claim in claims])
+        self.connection.executemany(
+            """UPDATE jobs
+               SET state = 'processing', ready = NULL, serial = ?, runs = runs + 1,
+                   locked_at = ?, started_at = ?, updated_at = ?
+               WHERE rowid = ?""",
+            [(claim.serial, stamp, stamp, stamp, row[0]) for claim, row in zip(claims, rows)])
+        self.write("UPDATE totals SET serial = ?", (claims[-1].serial,))
+        return claims
+
+    def open_claims(self):
+        """The Claims of all open attempts; of a job deleted meanwhile, command is None."""
+        return [Claim._make(row) for row in self.query(
+            """SELECT running.serial, running.slot, running.boot, running.started_at, running.job,
+                      jobs.runs, COALESCE(jobs.attempts, 0), COALESCE(jobs.max_retries, 1),
+                      COALESCE(jobs.timeout, 0), jobs.command, jobs.cwd, jobs.env
+               FROM running LEFT JOIN jobs
+                 ON jobs.id = running.job AND jobs.serial = running.serial
+               ORDER BY running.serial""")]
+
+    def raise_serial(self, serial):
+        """Give no attempt a number up to `serial`."""
+        self.write("UPDATE totals SET serial = MAX(serial, ?)", (serial,))
+
+    def finish(self, claim, verdict, outcome, output, worker, now):
+        """processing -> completed, failed or dead. False if the job was deleted meanwhile."""
+        self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
+        status, ended = outcome.status, iso(outcome.ended_at or now)
+        code = status if status is not None and status >= 0 and not outcome.reason else None
+        over = verdict.state in FINISHED
+        if not self.write("""UPDATE jobs
+                             SET state = ?, attempts = ?, due = ?, run_after = COALESCE(?, run_after),
+                                 exit_code = ?, error = ?, finished_at = ?, updated_at = ?,
+                                 locked_at = NULL, serial = NULL
+                             WHERE id = ? AND serial = ?""", (
+                verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
+                verdict.error, ended if over else None, ended, claim.job, claim.serial)):
+            return False
+        self.write("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
+            claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended, code,
+            signal_name(-status) if status is not None and status < 0 else None, verdict.error,
+            outcome.dropped, output or None))
+        self.count_outcome(verdict, max((outcome.ended_at or now) - claim.started_at, 0))
+        self.expect(verdict.due)
+        return True
+
+    def count_outcome(self, verdict, runtime):
+        if verdict.state == "completed":
+            self.write("""UPDATE totals
+                          SET completed = completed + 1, runtime_ms = runtime_ms + :ms,
+                              longest_ms = MAX(longest_ms, :ms)""", {"ms": runtime})
+        else:
+            self.write("UPDATE totals SET failed = failed + 1, dead = dead + ?",
+                       (verdict.state == "dead",))
+
+    def give_back(self, claim, verdict, now):
+        """processing -> pending or failed, as it was: the attempt does not count."""
+        self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
+        return self.write("""UPDATE jobs
+                             SET state = ?, ready = 1, runs = runs - 1, updated_at = ?,
+                                 locked_at = NULL, serial = NULL
+                             WHERE id = ? AND serial = ?""",
+                          (verdict.state, iso(now), claim.job, claim.serial)) > 0
+
+    def requeue(self, job, now):
+        """dead -> pending, with its attempts back at 0 and, where it brought none of its own,
+        the present settings."""
+        stamp = iso(now)
+        self.write("""UPDATE jobs
+                      SET state = 'pending', attempts = 0, ready = 1, due = NULL, run_after = ?,
+                          updated_at = ?, finished_at = NULL, exit_code = NULL, error = NULL,
+                          timeout = ?, max_retries = ?
+                      WHERE id = ? AND state = 'dead'""", (
+            stamp, stamp, job.timeout if job.own & OWN_TIMEOUT else self.settings["timeout"],
+            job.max_retries if job.own & OWN_RETRIES else self.settings["max-retries"], job.id))
+        if job.unique:
+            self.write("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
+                       (job.unique, job.id))
+
+    def purge_expired(self, now):
+        """Delete completed jobs older than the `retention`, some at a time; the number of them."""
+        if not self.settings["retention"]:
+            return 0
+        return self.write("""DELETE FROM jobs
+                             WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_finished
+                                             WHERE finished_at < :before AND state = 'completed'
+                                             LIMIT :most)""",
+                          {"before": iso(now - self.settings["retention"]), "most": PURGE})
+
+    # -- looking
+
+    def job(self, job_id):
+        """The Job, or None."""
+        rows = self.query("SELECT %s FROM jobs WHERE id = ?" % COLUMNS, (job_id,))
+        return Job._make(rows[0]) if rows else None
+
+    def jobs(self, state, after, limit):
+        """[(rowid, Job)] beyond rowid `after`, oldest first, in `state` or in all (None)."""
+        rows = self.query("SELECT rowid, %s FROM jobs WHERE %srowid > :after ORDER BY rowid"
+                          " LIMIT :limit" % (COLUMNS, "state = :state AND " if state else ""),
+                          dict({"after": after, "limit": limit}, **({"state": state} if state else {})))
+        return [(row[0], Job._make(row[1:])) for row in rows]
+
+    def counts(self):
+        """{state: number of jobs}"""
+        stored = dict(self.query("SELECT state, jobs FROM counts"))
+        return {state: stored.get(state, 0) for state in STATES}
+
+    def recount(self):
+        """Set the counts right: INSERT OR REPLACE of another program escapes the triggers."""
+        self.write("""UPDATE counts
+                      SET jobs = (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)""", ())
+
+    def totals(self):
+        names = ("enqueued", "completed", "failed", "dead", "runtime_ms", "longest_ms")
+        return dict(zip(names, self.query("SELECT %s FROM totals" % ", ".join(names))[0]))
+
+    def note_startup(self, now):
+        self.write("INSERT INTO metrics (daemon_startup, total_commands) VALUES (?, 0)",
+                   (iso(now),))
+
+    def add_commands(self, count):
+        self.write("""UPDATE metrics SET total_commands = total_commands + ?
+                      WHERE id = (SELECT MAX(id) FROM metrics)""", (count,))
+
+    def total_commands(self):
+        return self.value("SELECT SUM(total_commands) FROM metrics") or 0
+
+
+# ---- Running a command --------------------------------------------------------------------------
+# One attempt: its files, its process group, its deadline, its output; what to make of it once its
+# worker is gone; and stopping it from outside.
+#
+# Two locks speak for an attempt when nobody else can: the worker's file is locked as long as the
+# worker lives, the run file as long as the worker or anything that the command left behind.
+
+RECORD_BYTES = 1024
+UNSTARTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT,
+             errno.EROFS, errno.EIO)  # the host's fault, not the job's: burns no retry
+
+
+class Spool:
+    """DB-run: w.N is the file of worker slot N, N alone the run file of attempt N."""
+
+    def __init__(self, db):
+        self.path = db + "-run"
+
+    def worker(self, slot):
+        return "%s/w.%d" % (self.path, slot)
+
+    def run(self, serial):
+        return "%s/%d" % (self.path, serial)
+
+    def record(self, claim):
+        """What the worker noted about this very attempt, {} if nothing."""
+        try:
+            with open(self.worker(claim.slot), "rb") as file:
+                record = unpad(file.read(RECORD_BYTES))
+        except OSError:
+            return {}
+        return record if record.get("serial") == claim.serial else {}
+
+    def tail(self, serial, limit):
+        """(the last `limit` bytes of the attempt's output, how many came before)."""
+        try:
+            with open(self.run(serial), "rb") as file:
+                start = max(os.fstat(file.fileno()).st_size - limit, 0)
+                file.seek(start)
+                return file.read(limit), start
+        except OSError:
+            return b"", 0
+
+    def discard(self, serial):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.run(serial))
+
+    def serials(self):
+        """The attempts that have a run file."""
+        return [int(name) for name in os.listdir(self.path) if name.isdigit()]
+
+
+def settle(record, worker_locked, run_locked, leader_lives, same_boot):
+    """What to do about an open attempt: "leave", "take", "give back", "stop" or "lost".
+
+    record         what its worker noted, {} if nothing
+    worker_locked  the worker lives
+    run_locked     the run file is locked; None: there is none
+    leader_lives   a process with the noted pid and start time is there
+    same_boot      it was claimed since the host started
+    """
+    if not same_boot:
+        return "lost"
+    if record.get("phase") == "ended":
+        return "take"
+    if worker_locked:
+        return "leave"
+    if run_locked or leader_lives:
+        return "stop"
+    if run_locked is None and not record.get("pid"):
+        return "give back"
+    return "lost"
+
+
+def examine(claim, spool, boot):
+    """(what `settle` says of the attempt, its record)."""
+    locked = is_locked(spool.worker(claim.slot))  # first: once it is free the record is final
+    record = spool.record(claim)
+    return settle(record, locked, is_locked(spool.run(claim.serial)), bool(leader(record)),
+                  claim.boot == boot), record
+
+
+def leader(record):
+    """The pid of the attempt's first process if it still is that one, else None."""
+    pid = record.get("pid")
+    return pid if pid and record.get("start") and process_start(pid) == record["start"] else None
+
+
+def signal_command(pid, run_file, number):
+    """Signal the group that `pid` leads (None: gone), and whoever else holds the run file."""
+    numbers = (number, signal.SIGCONT) if number == signal.SIGTERM else (number,)
+    for one in numbers:  # a stopped process handles SIGTERM only once it goes on
+        if pid:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, one)
+        for holder in holders(run_file):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getpgid(holder) != pid:
+                    os.kill(holder, one)
+
+
+def exit_status(process):
+    """As subprocess gives it, None while it runs; where possible without reaping, since a pid is
+    safe to signal only as long as it is not reaped."""
+    if not hasattr(os, "waitid"):
+        return process.poll()
+    info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if info is None:
+        return None
+    return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+
+
+class Attempt:
+    """One run of one command, on its worker's side.
+
+    `order` is what the daemon sent: serial, command, shell, cwd, env (all of it), timeout (ms)
+    and limit (bytes of output kept). `note(**record)` writes the worker's record.
+    """
+
+    def __init__(self, order, run_file, note):
+        self.order = order
+        self.serial = order["serial"]
+        self.path = run_file
+        self.note = note
+        self.process = None
+        self.output = None      # where the command's stdout and stderr come in
+        self.file = None        # the run file, locked
+        self.size = 0           # bytes in it
+        self.dropped = 0        # bytes no longer in it
+        self.bound = max(MIN_RUN_FILE, 16 * order["limit"])
+        self.reason = ""        # as in Outcome
+        self.deadline = None    # monotonic: the next thing to do of its own accord
+        self.kill_at = None     # monotonic: end of the grace, once it is being stopped
+        self.status = None      # of the leader, once it has ended
+        self.over = False       # all is done and noted
+
+    def start(self, now):
+        """Make and lock the run file, then start the command."""
+        self.note(serial=self.serial, phase="starting")
+        try:
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            self.spawn()
+        except OSError as error:
+            place = " %s" % safe(os.fsdecode(error.filename)) if error.filename else ""
+            self.finish("unstarted" if error.errno in UNSTARTED else "refused",
+                        "can't start%s: %s" % (place, error.strerror))
+            return
+        self.note(serial=self.serial, phase="running", pid=self.process.pid,
+                  start=process_start(self.process.pid))
+        if self.order["timeout"]:
+            self.deadline = now + self.order["timeout"] / 1000.0
+
+    def spawn(self):
+        import subprocess
+        order = self.order
+        self.output, theirs = os.pipe()
+        try:
+            os.set_blocking(self.output, False)
+            self.process = subprocess.Popen(
+                [word.encode() for word in order["shell"]] + [order["command"].encode()],
+                stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+                cwd=order["cwd"].encode(), env=order["env"], pass_fds=(self.file,),
+                start_new_session=True)
+        finally:
+            os.close(theirs)
+
+    def on_output(self):
+        try:
+            data = os.read(self.output, 65536)
+        except BlockingIOError:
+            return
+        if data:
+            self.keep(data)
+        else:
+            self.close_output()
+
+    def keep(self, data):
+        """Add to the run file; a full disk costs the output, not the job."""
+        try:
+            done = os.pwrite(self.file, data, self.size)
+        except OSError:
+            done = 0
+        self.size += done
+        self.dropped += len(data) - done
+        if self.size > self.bound:
+            self.cut()
+
+    def cut(self):
+        """Leave the last `limit` bytes. Written first, then cut: a crash leaves too much."""
+        limit = self.order["limit"]
+        with contextlib.suppress(OSError):
+            tail = os.pread(self.file, limit, self.size - limit) if limit else b""
+            os.pwrite(self.file, tail, 0)
+            os.ftruncate(self.file, len(tail))
+            self.dropped += self.size - len(tail)
+            self.size = len(tail)
+
+    def drain(self):
+        """Take what is in the pipe now: whoever still writes there is not waited for."""
+        import termios
+        if self.output is None:
+            return
+        left = struct.unpack("i", fcntl.ioctl(self.output, termios.FIONREAD, b"\0" * 4))[0]
+        while left > 0:
+            data = os.read(self.output, min(left, 65536))
+            if not data:
+                break
+            self.keep(data)
+            left -= len(data)
+        self.close_output()
+
+    def close_output(self):
+        os.close(self.output)
+        self.output = None
+
+    def on_message(self, reason, now):
+        """Stop it: "cancelled" or "stopped"."""
+        if self.status is None and not self.over:
+            self.stop(reason, now)
+
+    def on_child(self, now):
+        """Look whether the leader has ended."""
+        if self.status is not None or self.over:
+            return
+        self.status = exit_status(self.process)
+        if self.status is None:
+            return
+        self.drain()
+        if self.status == 0 and not self.reason:
+            self.finish("")
+        else:
+            self.close_file()  # so that the lock tells of others alone
+            self.sweep(now)
+
+    def on_deadline(self, now):
+        if self.status is not None:
+            self.sweep(now)
+        elif self.kill_at is None:
+            self.stop("timeout", now)
+        else:
+            self.kill(now)
+
+    def stop(self, reason, now):
+        """SIGTERM to all of it; SIGKILL after the grace. The first reason stands."""
+        self.reason = self.reason or reason
+        if self.kill_at is None:
+            signal_command(self.process.pid, self.path, signal.SIGTERM)
+            self.kill_at = self.deadline = now + GRACE_S
+
+    def kill(self, now):
+        signal_command(self.process.pid, self.path, signal.SIGKILL)
+        self.kill_at = self.deadline = now + GRACE_S
+
+    def sweep(self, now):
+        """After a failure nothing of it may be left: there will be a next attempt."""
+        if not is_locked(self.path):
+            signal_command(self.process.pid, self.path, signal.SIGKILL)  # who closed the lock
+            self.finish(self.reason)
+        elif self.kill_at is None:
+            self.stop("", now)
+            self.deadline = now
+        elif now >= self.kill_at:
+            self.kill(now)
+        else:
+            self.deadline = now + 0.02  # nothing wakes us when a lock is freed
+
+    def finish(self, reason, detail=""):
+        """Note the outcome, then reap: until then the pid can't have become another's."""
+        process = self.process
+        self.note(serial=self.serial, phase="ended", pid=process and process.pid, reason=reason,
+                  status=self.status, detail=detail[:400], size=self.size, dropped=self.dropped,
+                  at=now_ms())
+        self.over, self.deadline = True, None
+        if process:
+            process.wait()
+        if self.output is not None:
+            self.close_output()
+        self.close_file()
+
+    def close_file(self):
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+
+# ---- Protocol -----------------------------------------------------------------------------------
+# JSON over sockets that never block: the loop that watches them, their buffers, where a request
+# ends, and who is at the other end.
+
+class Loop:
+    """Descriptors and what to call, with the events that happened, when they are ready."""
+
+    def __init__(self):
+        import selectors
+        self.selector = selectors.DefaultSelector()
+        self.read, self.write = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+    def add(self, sock, callback):
+        self.selector.register(sock, self.read, callback)
+
+    def want_write(self, sock, wanted):
+        key = self.selector.get_key(sock)
+        events = self.read | (self.write if wanted else 0)
+        if key.events != events:
+            self.selector.modify(sock, events, key.data)
+
+    def remove(self, sock):
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(sock)
+
+    def wait(self, timeout):
+        """Call whatever is ready within `timeout` seconds."""
+        for key, events in self.selector.select(timeout):
+            key.data(events)
+
+
+class Channel:
+    """A socket in the loop with a buffer each way.
+
+    `on_input(channel)` is called when bytes were added to `inbox`, `on_end(channel)` when the
+    other side has stopped sending; `pages`, an iterator of bytes, is sent piece by piece.
+    """
+
+    def __init__(self, sock, loop, on_input, on_end):
+        sock.setblocking(False)
+        self.sock = sock
+        self.loop = loop
+        self.on_input = on_input
+        self.on_end = on_end
+        self.inbox = bytearray()
+        self.outbox = bytearray()
+        self.pages = None
+        self.open = True
+        self.ended = False            # the other side sends no more
+        self.busy = False             # a request of it is being worked on
+        self.active_at = monotonic()
+        loop.add(sock, self.on_event)
+
+    def on_event(self, events):
+        if events & self.loop.write:
+            self.flush()
+        if self.open and events & self.loop.read:
+            self.receive()
+
+    def receive(self):
+        try:
+            data = self.sock.recv(65536)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        self.active_at = monotonic()
+        if data:
+            self.inbox += data
+            self.on_input(self)
+        else:
+            self.ended = True
+            self.loop.remove(self.sock)  # it would be "ready" for ever
+            self.on_end(self)
+
+    def send(self, data):
+        if self.open:
+            self.outbox += data
+            self.flush()
+
+    def flush(self):
+        try:
+            while self.open and (self.outbox or self.refill()):
+                del self.outbox[:self.sock.send(self.outbox)]
+                self.active_at = monotonic()
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self.close()
+            return
+        self.watch()
+
+    def refill(self):
+        """Put the next page into the outbox; False when there is none."""
+        try:
+            self.outbox += next(self.pages) if self.pages else b""
+        except StopIteration:
+            self.pages = None
+        return bool(self.outbox)
+
+    def watch(self):
+        """Ask the loop for what this channel waits for; close it once nothing can come."""
+        if not self.open:
+            return
+        if not self.ended:
+            self.loop.want_write(self.sock, bool(self.outbox))
+        elif self.outbox:
+            with contextlib.suppress(KeyError):  # already there
+                self.loop.selector.register(self.sock, self.loop.write, self.on_event)
+        elif not self.busy:
+            self.close()
+
+    def close(self):
+        if self.open:
+            self.open = False
+            self.loop.remove(self.sock)
+            self.sock.close()
+
+
+def take_request(inbox):
+    """Remove and return the first whole request in `inbox`, None if there is none yet.
+
+    It ends with a newline or, for clients that send none, once it is one whole JSON object.
+    Raises Failure when it is too large.
+    """
+    end = inbox.find(b"\n")
+    if end < 0 and inbox.rstrip()[-1:] == b"}":
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(inbox.decode())
+            end = len(inbox)
+    if max(end, 0 if end >= 0 else len(inbox)) > MAX_REQUEST:
+        raise Failure("a request has at most %d bytes" % MAX_REQUEST)
+    if end < 0:
+        return None
+    request = bytes(inbox[:end])
+    del inbox[:end + 1]
+    return request if request.strip() else take_request(inbox)
+
+
+def parse_request(data):
+    """The object that a request is; a Failure says what is wrong with it."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise Failure("a request is JSON in UTF-8")
+    request = decode_json(text, "the request")
+    if not isinstance(request, dict) or not isinstance(request.get("command"), str):
+        raise Failure('a request is an object like {"command":"status"}')
+    return request
+
+
+def encode(answer):
+    return compact(answer).encode() + b"\n"
+
+
+def error_answer(error):
+    """The answer for a Failure, the same over the socket and on stderr."""
+    return dict({"success": False, "message": "Error: %s" % error}, **error.details)
+
+
+def peer_uid(sock):
+    """Who is at the other end of a Unix socket, by the kernel's word; None where it gives none."""
+    if hasattr(socket, "SO_PEERCRED"):
+        size = struct.calcsize("3i")
+        return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1]
+    if hasattr(socket, "LOCAL_PEERCRED"):  # struct xucred: version, uid, …
+        return struct.unpack("2I", sock.getsockopt(0, socket.LOCAL_PEERCRED, 8))[1]
+    return None
+
+
+# ---- Worker -------------------------------------------------------------------------------------
+# The child's side: runs in a process of its own, forked by the daemon, and owns no data. Orders
+# come down its socket, a doorbell byte goes up, all else stands in its file. Without the daemon
+# it finishes its job, notes the outcome and leaves.
+
+class Worker:
+    """The loop of one worker. `sock`: to the daemon; `slot_fd`: its file, locked."""
+
+    def __init__(self, sock, slot_fd, spool):
+        import select
+        self.sock = sock
+        self.slot_fd = slot_fd
+        self.spool = spool
+        self.inbox = bytearray()
+        self.attempt = None
+        self.leaving = False     # the daemon wants no more of it, or is gone
+        self.wake, wake_fd = os.pipe()
+        for fd in (self.wake, wake_fd):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(wake_fd)
+        sock.setblocking(False)
+        self.poll = select.poll()
+        self.poll.register(sock, select.POLLIN)
+        self.poll.register(self.wake, select.POLLIN)
+        self.readable = select.POLLIN
+
+    def run(self):
+        while self.attempt or not self.leaving:
+            self.step()
+
+    def step(self):
+        """Wait for whatever comes first, and pass it on."""
+        ready = [fd for fd, _ in self.poll.poll(self.timeout_ms())]
+        attempt = self.attempt
+        if attempt and attempt.output in ready:
+            self.hear(attempt)
+        if self.wake in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.wake, 512)
+            if attempt:
+                attempt.on_child(monotonic())
+        if self.sock.fileno() in ready:
+            self.on_daemon()
+        attempt, now = self.attempt, monotonic()
+        if attempt and attempt.deadline is not None and now >= attempt.deadline:
+            attempt.on_deadline(now)
+        if attempt and attempt.over:
+            self.report()
+
+    def timeout_ms(self):
+        if self.attempt is None or self.attempt.deadline is None:
+            return None
+        return max(int((self.attempt.deadline - monotonic()) * 1000) + 1, 0)
+
+    def hear(self, attempt):
+        fd = attempt.output
+        attempt.on_output()
+        if attempt.output is None:
+            self.poll.unregister(fd)
+
+    def on_daemon(self):
+        """Orders, stops, or the end of the connection."""
+        try:
+            data = self.sock.recv(1 << 16)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.leaving = True
+            self.poll.unregister(self.sock)
+        self.inbox += data
+        while b"\n" in self.inbox:
+            line, _, rest = self.inbox.partition(b"\n")
+            self.inbox = rest
+            self.obey(json.loads(line.decode()))
+
+    def obey(self, message):
+        now = monotonic()
+        if "leave" in message:
+            self.leaving = True
+            return
+        if "stop" in message:
+            if self.attempt and self.attempt.serial == message["stop"]:
+                self.attempt.on_message(message["reason"], now)
+            return
+        attempt = self.attempt = Attempt(message, self.spool.run(message["serial"]), self.note)
+        message["env"] = job_environment(message)
+        attempt.start(now)
+        if attempt.output is not None:
+            self.poll.register(attempt.output, self.readable)
+        attempt.on_child(now)  # it may have ended before its pid was known
+
+    def report(self):
+        """Ring: the record stands."""
+        self.attempt = None
+        with contextlib.suppress(OSError):  # no daemon: the next one reads the record
+            self.sock.send(b".")
+
+    def note(self, **record):
+        os.pwrite(self.slot_fd, pad(record, RECORD_BYTES), 0)
+
+
+def job_environment(order):
+    """What a command finds in its environment, as bytes: the daemon's, the job's, ours."""
+    env = {name: value for name, value in os.environb.items()
+           if not name.startswith((b"LISTEN_", b"WATCHDOG_")) and name != b"NOTIFY_SOCKET"}
+    for name, value in order["env"].items():
+        env[name.encode()] = value.encode()
+    env[b"QUEUECTL_JOB_ID"] = order["id"].encode()
+    env[b"QUEUECTL_ATTEMPT"] = str(order["attempt"]).encode()
+    return env
+
+
+def worker_main(sock, slot_fd, spool, open_files):
+    """The whole life of a worker process. `open_files`: the limit that jobs get back."""
+    code = 1
+    try:
+        import gc
+        gc.disable()  # a collected database connection would close descriptors used again
+        close_other_descriptors({0, 1, 2, sock.fileno(), slot_fd})
+        default_signals()
+        set_open_files(open_files)
+        Worker(sock, slot_fd, spool).run()
+        code = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # nothing of the daemon's may be flushed, closed or finalized here
+
+
+def close_other_descriptors(keep):
+    """A copy of another worker's socket, of the lock or of a connection would hide its end."""
+    try:
+        fds = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        fds = range(os.sysconf("SC_OPEN_MAX"))
+    for fd in fds:
+        if fd not in keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def default_signals():
+    """A job starts with default dispositions and an empty mask, whatever the daemon inherited.
+    Handlers that do nothing, not SIG_IGN: exec resets handlers only."""
+    for number in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):
+            ours = number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+            python = number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", 0))
+            if ours or (signal.getsignal(number) == signal.SIG_IGN and not python):
+                signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def set_open_files(limit=None):
+    """Set the soft limit of descriptors, None: as high as allowed; the limit before."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if limit is None else limit, hard))
+    return soft
+
+
+# ---- Pool ---------------------------------------------------------------------------------------
+# The daemon's side of the workers, in the daemon's process: as many as wanted, their jobs, what
+# became of these, and of those whose worker is gone. It knows no SQL.
+
+# worker: pid or None; output: the tail that is kept
+Result = collections.namedtuple("Result", "claim outcome output worker")
+
+
+class Hand:
+    """A worker as its daemon sees it."""
+
+    def __init__(self, slot, process):
+        self.slot = slot
+        self.process = process
+        self.channel = None
+        self.claim = None       # what it runs
+        self.since = 0.0        # monotonic: when it was given that
+        self.leaving = False    # ends after its job
+
+
+class Orphan:
+    """An open attempt without a worker of ours."""
+
+    def __init__(self, claim, since):
+        self.claim = claim
+        self.since = since      # monotonic
+        self.kill_at = None     # monotonic: SIGKILL, once it is being stopped
+        self.lives = True       # its worker, another daemon's child, still works at it
+
+
+class Pool:
+    """The workers. `log(text)` takes what an operator should know."""
+
+    def __init__(self, spool, loop, log, open_files):
+        import multiprocessing
+        self.context = multiprocessing.get_context("fork")  # not the default since 3.14
+        self.spool = spool
+        self.loop = loop
+        self.log = log
+        self.open_files = open_files
+        self.boot = boot_id()
+        self.hands = {}         # slot -> Hand
+        self.idle = {}          # slot -> Hand without a job, not leaving
+        self.rung = {}          # slot -> Hand whose doorbell rang
+        self.orphans = {}       # serial -> Orphan
+        self.gone = []          # processes to reap
+        self.uneven = True      # the number of workers may differ from the wanted one
+        self.hold_until = 0.0   # monotonic: nothing is started before
+        self.look_at = 0.0      # monotonic: next look at the orphans
+
+    # -- as many as wanted
+
+    def count(self):
+        """Workers alive: ours, and another daemon's that are still busy."""
+        return len(self.hands) + sum(orphan.lives for orphan in self.orphans.values())
+
+    def converge(self, wanted, now):
+        """Start what is missing, retire what is too much, idle ones first."""
+        self.reap()
+        staying = [hand for hand in self.hands.values() if not hand.leaving]
+        missing = wanted - len(staying) - self.count() + len(self.hands)
+        for hand in sorted(staying, key=lambda hand: hand.claim is not None)[:max(-missing, 0)]:
+            self.retire(hand)
+        if missing > 0 and now < self.hold_until:
+            return
+        self.uneven = not all(self.start_worker(now) for _ in range(missing))
+
+    def start_worker(self, now):
+        """Fork one; False (and a pause) where the system has no room for it."""
+        slot_fd = None
+        try:
+            slot, slot_fd = self.take_slot()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                process = self.context.Process(
+                    target=worker_main, args=(theirs, slot_fd, self.spool, self.open_files))
+                process.start()
+        except (OSError, Failure) as error:
+            self.log("can't start a worker: %s" % error)
+            self.hold_until = now + LOOK_S
+            return False
+        finally:
+            if slot_fd is not None:
+                os.close(slot_fd)  # the lock lives on in the worker's copy
+        hand = self.hands[slot] = self.idle[slot] = Hand(slot, process)
+        hand.channel = Channel(ours, self.loop, functools.partial(self.on_bell, hand),
+                               functools.partial(self.on_death, hand))
+        return True
+
+    def take_slot(self):
+        """(number, locked descriptor) of a worker file that nobody uses."""
+        used = {orphan.claim.slot for orphan in self.orphans.values()} | set(self.hands)
+        slot = 0
+        while True:
+            slot += 1
+            if slot in used:
+                continue
+            fd = open_private(self.spool.worker(slot))
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return slot, fd
+            except BlockingIOError:  # another daemon's worker on its way out
+                os.close(fd)
+
+    def retire(self, hand):
+        """It ends after its job, at once without one."""
+        hand.leaving = True
+        self.idle.pop(hand.slot, None)
+        if hand.claim is None:
+            self.drop(hand)
+        else:
+            hand.channel.send(encode({"leave": True}))
+
+    def drop(self, hand):
+        """Forget it; its end of the socket closes, so it leaves if it lives."""
+        hand.channel.close()
+        for group in (self.hands, self.idle, self.rung):
+            group.pop(hand.slot, None)
+        self.gone.append(hand.process)
+        self.uneven = True
+
+    def reap(self):
+        self.gone = [process for process in self.gone if process.exitcode is None]
+
+    # -- what they do
+
+    def hand_out(self, claim, order):
+        hand = self.idle.pop(claim.slot)
+        hand.claim, hand.since = claim, monotonic()
+        hand.channel.send(encode(order))
+
+    def on_bell(self, hand, channel):
+        channel.inbox.clear()
+        if hand.claim:
+            self.rung[hand.slot] = hand
+
+    def on_death(self, hand, _channel):
+        if hand.claim:
+            self.log("worker lost: slot %d, pid %d, job %s"
+                     % (hand.slot, hand.process.pid, hand.claim.job))
+            self.orphans[hand.claim.serial] = Orphan(hand.claim, monotonic())
+            self.look_at = 0.0
+        self.drop(hand)
+
+    def kill_hung(self, now):
+        """A worker that is silent long after its job's end is no use: let the job be settled."""
+        for hand in list(self.hands.values()):
+            claim = hand.claim
+            if claim and claim.timeout and (
+                    now > hand.since + claim.timeout / 1000.0 + GRACE_S + SILENT_S):
+                self.log("worker hung: slot %d, pid %d" % (hand.slot, hand.process.pid))
+                os.kill(hand.process.pid, signal.SIGKILL)
+
+    def stop_commands(self, reason):
+        """Have all running commands stopped."""
+        for hand in self.hands.values():
+            if hand.claim:
+                hand.channel.send(encode({"stop": hand.claim.serial, "reason": reason}))
+
+    # -- what became of it
+
+    def results(self, limit, now):
+        """Results of ended attempts, with at most `limit` bytes of output. Those that aren't
+        closed come again."""
+        found = []
+        for hand in self.rung.values():
+            record = self.spool.record(hand.claim)
+            if settle(record, True, True, True, True) == "take":
+                found.append(self.taken(hand.claim, record, limit))
+        if self.orphans and now >= self.look_at:
+            found += self.orphan_results(limit, now)
+        return found
+
+    def taken(self, claim, record, limit):
+        """The Result that a worker noted."""
+        output, cut = self.spool.tail(claim.serial, limit) if record.get("size") else (b"", 0)
+        hand = self.hands.get(claim.slot)
+        return Result(claim, Outcome(record.get("status"), record.get("reason", ""),
+                                     record.get("detail", ""), record.get("dropped", 0) + cut,
+                                     record.get("at")),
+                      output, hand.process.pid if hand else None)
+
+    def orphan_results(self, limit, now):
+        found, soon = [], False
+        for orphan in self.orphans.values():
+            verdict, record = examine(orphan.claim, self.spool, self.boot)
+            orphan.lives = verdict == "leave"
+            if verdict == "stop":
+                self.stop_orphan(orphan, record, now)
+                soon = True
+            elif verdict == "leave":
+                soon = soon or now < orphan.since + LOOK_S
+            else:
+                found.append(orphan_result(orphan.claim, verdict, record, self.spool, limit))
+        self.look_at = now + (BUSY_S if soon else LOOK_S)
+        return found
+
+    def stop_orphan(self, orphan, record, now):
+        """SIGTERM, after the grace SIGKILL."""
+        if orphan.kill_at is None:
+            orphan.kill_at = now + GRACE_S
+            signal_command(leader(record), self.spool.run(orphan.claim.serial), signal.SIGTERM)
+        elif now >= orphan.kill_at:
+            orphan.kill_at = now + GRACE_S
+            signal_command(leader(record), self.spool.run(orphan.claim.serial), signal.SIGKILL)
+
+    def close(self, claim):
+        """The attempt's outcome is stored: its worker is free for the next."""
+        self.spool.discard(claim.serial)
+        if self.orphans.pop(claim.serial, None):
+            self.uneven = True
+            return
+        hand = self.hands.get(claim.slot)
+        if hand and hand.claim is claim:
+            hand.claim = None
+            self.rung.pop(hand.slot, None)
+            if hand.leaving:
+                self.drop(hand)
+            else:
+                self.idle[hand.slot] = hand
+
+
+def orphan_result(claim, verdict, record, spool, limit):
+    """The Result for what `settle` says of an attempt whose worker is gone."""
+    output, cut = spool.tail(claim.serial, limit)
+    dropped = record.get("dropped", 0) + cut
+    if verdict == "take":
+        outcome = Outcome(record.get("status"), record.get("reason", ""),
+                          record.get("detail", ""), dropped, record.get("at"))
+    else:
+        outcome = Outcome(None, "unstarted" if verdict == "give back" else "lost", "", dropped, None)
+    return Result(claim, outcome, output, None)
+
+
+# ---- Operations ---------------------------------------------------------------------------------
+# What a request does, the same with and without the daemon: plain values in, an answer out.
+# An operation that writes runs inside a transaction.
+
+# store; now: ms; daemon: None without one
+Context = collections.namedtuple("Context", "store now daemon")
+
+# names: of its arguments; main: the one a bare `value` stands for; needs_daemon: what it says
+Operation = collections.namedtuple("Operation", "function names main writes needs_daemon")
+OPERATIONS = {}  # (command, option) -> Operation
+
+
+def operation(command, option=None, *, names=(), main=None, writes=False, needs_daemon=False):
+    def register(function):
+        OPERATIONS[command, option] = Operation(function, names, main, writes, needs_daemon)
+        return function
+    return register
+
+
+def reply(message, **more):
+    return dict({"success": True, "message": message}, **more)
+
+
+def resolve(request):
+    """(Operation, arguments) of a request; Failure when it makes none."""
+    command, option = request["command"], request.get("option") or None
+    flag, value = request.get("flag"), request.get("value")
+    if command == "config" and flag:  # the original's form: the flag is the setting
+        option, flag, value = option or "set", None, {"key": flag, "value": value}
+    try:
+        found = OPERATIONS[command, option]
+    except (KeyError, TypeError):
+        raise Failure("unknown command %s (daemon: queuectl %s, request: %s); known are %s" % (
+            safe(compact([command, option])[:80]), VERSION,
+            safe(str(request.get("version", "unversioned"))[:20]),
+            ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
+    if flag is not None:
+        arguments = {str(flag).lstrip("-").replace("-", "_"): value}
+    elif isinstance(value, dict):
+        arguments = value
+    else:
+        arguments = {} if value is None else {found.main: value}
+    for name in arguments:
+        if name not in found.names:
+            raise Failure("%s takes no argument %s" % (command, safe(str(name)[:80])))
+    return found, arguments
+
+
+def perform(context, request):
+    """Do what the request says; a write that was done before is only answered again."""
+    found, arguments = resolve(request)
+    once = request.get("once")
+    if not found.writes or not isinstance(once, str):
+        return found.function(context, **arguments)
+    answered = context.store.recall(once)
+    if answered is not None:
+        return json.loads(answered)
+    answer = found.function(context, **arguments)
+    context.store.remember(once, compact(answer))
+    return answer
+
+
+def given_count(value):
+    """A number of workers, as a number or as text."""
+    try:
+        return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
+    except ValueError as error:
+        raise BadField("count", str(error))
+
+
+def check_state(state):
+    try:
+        return None if state is None else as_state(state)
+    except (ValueError, TypeError) as error:
+        raise BadField("state", str(error))
+
+
+@operation("enqueue", names=("job", "cwd"), main="job", writes=True)
+def op_enqueue(context, job=None, cwd=None):
+    """Store one job, given as JSON text or as an object."""
+    store, now = context.store, context.now
+    given = decode_json(job, "the job") if isinstance(job, str) else job
+    new = make_job(given, store.settings, now, cwd)
+    holder = new.unique and store.holder(new.unique)
+    if holder:
+        return reply("Job already queued", id=holder)
+    refuse_taken(store, new.id)
+    store.insert([new])
+    return reply("Job enqueued", id=new.id)
+
+
+def refuse_taken(store, job_id):
+    if store.has(job_id):
+        raise Failure("job id %s is taken; choose another, or leave it out" % safe(job_id))
+
+
+@operation("enqueue", "batch", names=("jobs", "cwd"), main="jobs", writes=True)
+def op_enqueue_batch(context, jobs=(), cwd=None):
+    """Store all of the jobs, or none; a Failure's `index` tells which one is wrong."""
+    store, now = context.store, context.now
+    if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
+        raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
+    spare_ids = new_ids(now, len(jobs))
+    new, ids, keys = [], [], {}
+    taken = set()
+    for index, given in enumerate(jobs):
+        try:
+            job = make_job(given, store.settings, now, cwd, spare_ids[index])
+            holder = job.unique and (keys.get(job.unique) or store.holder(job.unique))
+            if not holder:
+                if "id" in given:
+                    refuse_taken(store, job.id)
+                if job.id in taken:
+                    raise Failure("job id %s stands twice" % safe(job.id))
+                taken.add(job.id)
+                keys[job.unique] = job.id
+                new.append(job)
+            ids.append(holder or job.id)
+        except Failure as error:
+            raise Failure(str(error), index=index)
+    store.insert(new)
+    return reply("Enqueued %s" % plural(len(new), "job"), ids=ids)
+
+
+@operation("status")
+def op_status(context):
+    daemon = context.daemon
+    return reply({"jobs": context.store.counts(), "workers": daemon.pool.count() if daemon else 0})
+
+
+@operation("list", names=("state", "after", "limit"), main="state")
+def op_list(context, state=None, after=0, limit=PAGE_JOBS):
+    """A page of jobs, oldest first, beyond `after`; `next` is what comes after, None at the end."""
+    state = check_state(state)
+    try:
+        after, limit = as_int(after, 0, 1 << 62), as_int(limit, 1, PAGE_JOBS)
+    except ValueError as error:
+        raise BadField("after or limit", str(error))
+    page, size = [], 0
+    while len(page) < limit and size < PAGE_BYTES:
+        wanted = min(limit - len(page), 50)
+        rows = context.store.jobs(state, after, wanted)
+        for after, job in rows:
+            page.append(job.public())
+            size += len(job.command) + len(job.env or "")
+        if len(rows) < wanted:
+            return reply(page, next=None)
+    return reply(page, next=after)
+
+
+@operation("dlq", "list", names=("after", "limit"))
+def op_dlq_list(context, after=0, limit=PAGE_JOBS):
+    return op_list(context, "dead", after, limit)
+
+
+@operation("dlq", "retry", names=("ids",), main="ids", writes=True)
+def op_dlq_retry(context, ids=()):
+    """Queue dead jobs again; all of them or none."""
+    store = context.store
+    ids = [ids] if isinstance(ids, str) else ids
+    if not isinstance(ids, list) or not ids or not all(isinstance(one, str) for one in ids):
+        raise Failure("name the jobs to retry; see: dlq list")
+    for job_id in ids:
+        job = store.job(job_id)
+        if job is None or job.state != "dead":
+            raise Failure("job %s is not in the dead letter queue (%s); see: dlq list" % (
+                safe(job_id), "it is " + job.state if job else "no such job"))
+        holder = job.unique and store.holder(job.unique)
+        if holder:
+            raise Failure("job %s can't be retried: its unique key is held by job %s"
+                          % (safe(job_id), safe(holder)))
+        if store.open_serial(job_id) is not None:
+            raise Failure("job %s is still being stopped; try again in a moment" % safe(job_id))
+        store.requeue(job, context.now)
+    return reply("%s %s added to queue" % ("Job" if len(ids) == 1 else "Jobs", ", ".join(ids)))
+
+
+@operation("config", "set", names=("key", "value"), writes=True)
+def op_config_set(context, key=None, value=None):
+    text = value if isinstance(value, str) else compact(value)
+    context.store.set_setting(key, read_setting(key, text))
+    return reply("Updated %s to %s" % (key, safe(text)))
+
+
+@operation("config", "get", names=("key",), main="key")
+def op_config_get(context, key=None):
+    if key not in SETTINGS:
+        read_setting(key, "")
+    return reply(context.store.settings[key])
+
+
+@operation("config", "list")
+def op_config_list(context):
+    return reply(dict(context.store.settings))
+
+
+@operation("metrics")
+def op_metrics(context):
+    store, daemon = context.store, context.daemon
+    counts, totals = store.counts(), store.totals()
+    average = totals["runtime_ms"] / 1000.0 / totals["completed"] if totals["completed"] else 0
+    return reply({
+        "total_jobs": sum(counts.values()), "completed_jobs": counts["completed"],
+        "uptime": "%d min" % (daemon.uptime_s() / 60 if daemon else 0),
+        "total_commands": store.total_commands() + (daemon.commands if daemon else 0),
+        "average_runtime": round(average, 3), "max_runtime": totals["longest_ms"] / 1000.0,
+        "dead_jobs": counts["dead"], "failed_attempts": totals["failed"],
+        "jobs_enqueued": totals["enqueued"], "jobs_completed": totals["completed"],
+        "jobs_died": totals["dead"], "workers_running": daemon.pool.count() if daemon else 0})
+
+
+@operation("worker", "start", names=("count",), main="count", writes=True, needs_daemon=True)
+def op_worker_start(context, count=1):
+    count = given_count(count)
+    wanted = count + context.store.wanted()
+    if wanted > MAX_WORKERS:
+        raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted - count))
+    context.store.set_wanted(wanted)
+    return reply("Started %s" % plural(count, "worker"))
+
+
+@operation("worker", "stop", writes=True, needs_daemon=True)
+def op_worker_stop(context):
+    context.store.set_wanted(0)
+    return reply("Stopped workers")
+
+
+@operation("daemon", "stop", names=("grace",), main="grace", needs_daemon=True)
+def op_daemon_stop(context, grace=None):
+    """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
+    if grace is not None:
+        grace = as_int(grace, 0, MAX_MS) / 1000.0
+    context.daemon.stop(grace)
+    return reply("Daemon stopping", pid=os.getpid())
+
+
+@operation("daemon", "status", needs_daemon=True)
+def op_daemon_status(context):
+    return reply(context.daemon.about())
+
+
+def record_results(store, results, now):
+    """Store what became of attempts: [(Result, Verdict)]."""
+    done = []
+    for result in results:
+        spread = 0.0
+        if store.settings["jitter"]:
+            import random
+            spread = random.uniform(-1, 1)
+        verdict = decide(result.claim, result.outcome, store.settings, now, spread)
+        if result.outcome.reason in GIVEN_BACK:
+            store.give_back(result.claim, verdict, now)
+        else:
+            store.finish(result.claim, verdict, result.outcome, result.output, result.worker, now)
+        done.append((result, verdict))
+    return done
+
+
+def adopt_strangers(store, now):
+    """Make rows that another program wrote jobs like any other; the number looked at. One whose
+    id has an open attempt waits until that is settled."""
+    strangers = store.strangers()
+    for rowid, row in strangers:
+        job = adopted(row, store.settings, now)
+        serial = store.open_serial(job.id)
+        if serial is not None:
+            if row.serial == serial:
+                store.put_back(rowid)
+            continue
+        if job.state == "processing":  # its runner was not one of ours, and is gone
+            verdict = decide(job, Outcome(None, "lost", "", 0, now), store.settings, now)
+            job = job._replace(state=verdict.state, attempts=verdict.attempts, error=verdict.error,
+                               locked_at=None)
+            job = (job.waiting(verdict.due, now)._replace(run_after=iso(verdict.due))
+                   if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
+        store.adopt(rowid, job._replace(serial=None))
+    return len(strangers)
