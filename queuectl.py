@@ -970,6 +970,9 @@ class Store:
                 raise
         self.check_file()
 
+    def in_transaction(self):
+        return self.connection is not None and self.connection.in_transaction
+
     def synchronize(self, level):
         """Set before BEGIN: SQLite ignores it inside a transaction."""
         if self.synchronous != level:
@@ -998,7 +1001,7 @@ class Store:
             self.connection.execute("ROLLBACK TO request")
             raise
         finally:
-            if self.connection is not None and self.connection.in_transaction:
+            if self.in_transaction():
                 self.connection.execute("RELEASE request")
 
     def check_file(self):
@@ -1247,6 +1250,14 @@ class Store:
                                              WHERE finished_at < :before AND state = 'completed'
                                              LIMIT :most)""",
                           {"before": iso(now - self.settings["retention"]), "most": PURGE})
+
+    def has_chores(self, now):
+        """Whether there are rows to adopt or to purge."""
+        before = iso(now - self.settings["retention"]) if self.settings["retention"] else ""
+        return self.value("""SELECT EXISTS (SELECT 1 FROM jobs WHERE due = 0)
+                                 OR EXISTS (SELECT 1 FROM jobs INDEXED BY jobs_finished
+                                            WHERE finished_at < ? AND state = 'completed')""",
+                          (before,)) == 1
 
     # -- looking
 
@@ -2420,3 +2431,643 @@ def adopt_strangers(store, now):
                    if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
         store.adopt(rowid, job._replace(serial=None))
     return len(strangers)
+
+
+# ---- Daemon -------------------------------------------------------------------------------------
+# The lock that makes one process the only writer, the socket, the log, and the loop: one turn of
+# it stores outcomes, does requests and claims jobs in one transaction, then answers and hands out.
+
+LOCK_BYTES = 1024
+
+
+class Lock:
+    """flock on DB.lock: its holder alone may open the database. The file is never removed. Its
+    text (pid, kind of holder, socket, the database's identity) is a hint, not the lock."""
+
+    def __init__(self, db):
+        self.path = db + ".lock"
+        self.fd = None
+
+    def take(self):
+        """True if it is ours now, False if someone else has it."""
+        check_folder(os.path.dirname(self.path))
+        while True:
+            self.fd = open_private(self.path)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if self.in_place():
+                return True
+            self.release()
+
+    def in_place(self):
+        """Whether the path still leads to the file that is locked."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
+        except OSError:
+            return False
+
+    def text(self):
+        return unpad(os.pread(self.fd, LOCK_BYTES, 0))
+
+    def write(self, kind, sock, identity):
+        os.pwrite(self.fd, pad({"pid": os.getpid(), "kind": kind, "socket": sock,
+                                "identity": identity}, LOCK_BYTES), 0)
+
+    def release(self):
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def daemon_lock(db):
+    """The Lock for a starting daemon: a command's is waited for, a daemon's refused."""
+    lock, deadline = Lock(db), monotonic() + 5
+    while not lock.take():
+        text = lock.text()
+        lock.release()
+        if text.get("kind") == "daemon" or monotonic() > deadline:
+            raise Failure("a %s, pid %s, already serves %s; stop it with: daemon stop"
+                          % (text.get("kind", "process"), text.get("pid", "unknown"), safe(db)))
+        time.sleep(0.02)
+    return lock
+
+
+def check_socket_path(path):
+    """Refuse what doesn't fit a socket's address, with room for the name it is bound under."""
+    folder, name = os.path.split(path)
+    if len(os.fsencode(folder)) + 1 + max(len(os.fsencode(name)), 8) > MAX_SOCKET_PATH:
+        raise Failure("socket path %s is too long: at most %d bytes; give a shorter --socket"
+                      % (safe(path), MAX_SOCKET_PATH))
+
+
+def knock(path):
+    """What is at `path`: None nothing, "stale" a socket of ours that nobody serves, "live", or
+    "foreign": anything else."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
+        return "foreign"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return "stale"
+        except FileNotFoundError:
+            return None
+        except OSError:  # its backlog is full
+            pass
+    return "live"
+
+
+def remove_stale(path):
+    """Move a stale socket aside, and see that it is the one that was found stale: another
+    daemon may have found it stale too, and have put its own there."""
+    before = os.lstat(path)
+    aside = os.path.join(os.path.dirname(path), os.urandom(4).hex())
+    os.rename(path, aside)
+    if not os.path.samestat(os.lstat(aside), before):
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    os.unlink(aside)
+
+
+def make_server(path, on_connection, on_request):
+    """A socketserver on the Unix socket `path`, 0600 from its first instant: it is bound and
+    listens under another name before `path` leads to it. Our loop calls it, not it ours."""
+    import socketserver
+
+    class Handler(socketserver.BaseRequestHandler):
+        """One whole request: (channel, bytes)."""
+
+        def handle(self):
+            on_request(*self.request)
+
+    class Server(socketserver.UnixStreamServer):
+        request_queue_size = 128
+
+        def server_bind(self):
+            hidden = os.path.join(os.path.dirname(path), os.urandom(4).hex())
+            umask = os.umask(0o177)
+            try:
+                self.socket.bind(hidden)
+            finally:
+                os.umask(umask)
+            try:
+                self.server_activate()
+                os.link(hidden, path)
+                self.inode = os.lstat(hidden).st_ino
+            finally:
+                os.unlink(hidden)
+
+        def verify_request(self, request, client_address):
+            """Only the owner of the queue gets in."""
+            if peer_uid(request) in (os.geteuid(), None):
+                return True
+            with contextlib.suppress(OSError):
+                request.settimeout(0)
+                request.send(encode(error_answer(Failure("this queue belongs to another user"))))
+            return False
+
+        def process_request(self, request, client_address):
+            on_connection(request)
+
+        def in_place(self):
+            with contextlib.suppress(OSError):
+                return os.lstat(path).st_ino == self.inode
+            return False
+
+        def server_close(self):
+            if self.in_place():
+                os.unlink(path)
+            super().server_close()
+
+    check_socket_path(path)
+    server = Server(path, Handler, bind_and_activate=False)
+    try:
+        server.server_bind()
+    except OSError as error:
+        server.socket.close()
+        raise Failure("can't listen at %s: %s; give another --socket"
+                      % (safe(path), error.strerror))
+    server.socket.setblocking(False)
+    return server
+
+
+class Log:
+    """DB.log and stderr: a line for each thing an operator should know; never a payload."""
+
+    def __init__(self, path):
+        self.path = path
+        self.last = {}  # text -> monotonic of its last line
+
+    def __call__(self, text, every_s=0.0):
+        """Write a line; the same one at most every `every_s` seconds."""
+        if every_s and monotonic() - self.last.get(text, -every_s) < every_s:
+            return
+        if every_s:
+            self.last[text] = monotonic()
+        line = "%s [%d] %s\n" % (iso(now_ms()), os.getpid(), safe(text))
+        with contextlib.suppress(OSError, Failure):
+            fd = open_private(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            try:
+                os.write(fd, line.encode("utf-8", "backslashreplace"))
+                if os.fstat(fd).st_size > 10 << 20:
+                    os.rename(self.path, self.path + ".1")
+            finally:
+                os.close(fd)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+
+class Daemon:
+    """Serves the queue `db` until it is stopped. `sock`: where; `sock_given`: there or not at
+    all; `workers`: wanted from now on, None: as stored; `grace`: s, see `stop`."""
+
+    def __init__(self, db, sock, *, sock_given=False, workers=None, grace=None):
+        self.db = db
+        self.sock = sock
+        self.sock_given = sock_given
+        self.grace = grace
+        self.wanted = workers
+        self.open_files = set_open_files()
+        self.log = Log(db + ".log")
+        self.loop = Loop()
+        self.started = monotonic()
+        self.commands = 0          # served, not yet in the database
+        self.channels = set()      # of clients
+        self.writes = []           # (channel, request, monotonic): to be done in the next turn
+        self.hungry = True         # jobs may be ready
+        self.chores = True         # rows to adopt or to delete
+        self.look_at = 0.0         # monotonic
+        self.retry_at = None       # monotonic: after trouble with the storage
+        self.pause_s = BUSY_S
+        self.stopping = False
+        self.forced_at = None      # monotonic: running jobs are stopped then
+        self.signals = []          # numbers that came
+        self.clock = now_ms() - int(monotonic() * 1000)
+
+    # -- start and end
+
+    def start(self):
+        """Take the lock, open everything, settle what is open; returns the ready line."""
+        self.lock = daemon_lock(self.db)
+        self.store = open_store(self.db, self.lock.text().get("identity"))
+        self.server = self.listen()
+        self.lock.write("daemon", self.sock, self.store.known)
+        self.spool = Spool(self.db)
+        private_directory(self.spool.path)
+        self.pool = Pool(self.spool, self.loop, self.log, self.open_files)
+        self.catch_signals()
+        self.take_over()
+        self.loop.add(self.server.socket, self.on_connection)
+        self.log("started: queuectl %s, %s" % (VERSION, plural(self.wanted, "worker")))
+        self.step()
+        return "queuectl %s daemon ready: pid %d, socket %s, database %s, %s" % (
+            VERSION, os.getpid(), safe(self.sock), safe(self.db), plural(self.wanted, "worker"))
+
+    def listen(self):
+        """At the socket given, or at the default one, or beside the database if that is taken."""
+        state = knock(self.sock)
+        if state in ("live", "foreign"):
+            if self.sock_given:
+                raise Failure("%s is %s; give another --socket" % (
+                    safe(self.sock), "served by another daemon" if state == "live"
+                    else "not a socket of yours"))
+            self.sock, self.sock_given = self.db + ".sock", True
+            return self.listen()
+        if state == "stale":
+            remove_stale(self.sock)
+        return make_server(self.sock, self.welcome, self.on_request)
+
+    def catch_signals(self):
+        """Note them and wake the loop. TERM always works; INT and HUP stay ignored if they were."""
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno())
+        self.wake = Channel(ours, self.loop, lambda channel: channel.inbox.clear(),
+                            lambda channel: None)
+        self.wake_end = theirs
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: self.signals.append(number))
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def take_over(self):
+        """What earlier holders of the lock left: open attempts, run files, numbers, workers."""
+        store, now = self.store, now_ms()
+        claims = store.open_claims()
+        serials = self.spool.serials()
+        with store.transaction():
+            store.raise_serial(max(serials, default=0))
+            store.recount()
+            store.note_startup(now)
+            store.pull_in(now)
+            if self.wanted is not None:
+                store.set_wanted(self.wanted)
+        self.wanted = store.wanted()
+        for claim in claims:
+            self.pool.orphans[claim.serial] = Orphan(claim, monotonic())
+        for serial in set(serials) - {claim.serial for claim in claims}:
+            self.spool.discard(serial)
+
+    def run(self, on_ready):
+        """Serve until stopped; the exit status."""
+        try:
+            on_ready(self.start())
+            import gc
+            gc.collect()
+            if hasattr(gc, "freeze"):
+                gc.freeze()  # the workers go on sharing what is loaded now
+            while not self.finished():
+                self.step()
+            self.log("stopped")
+            return 0
+        except StorageError as error:
+            self.log("gives up: %s" % error)
+            raise
+        finally:
+            self.shut()
+
+    def shut(self):
+        for name in ("server", "store"):
+            part = getattr(self, name, None)
+            if part:
+                part.server_close() if name == "server" else part.close()
+        if hasattr(self, "lock"):
+            self.lock.release()
+
+    def finished(self):
+        return self.stopping and not self.pool.hands and not self.writes
+
+    def stop(self, grace=None):
+        """Claim no more and wait for running jobs; after `grace` s stop them too."""
+        grace = self.grace if grace is None else grace
+        if not self.stopping:
+            self.log("stopping")
+            self.stopping = self.pool.uneven = True
+        if grace is not None:
+            self.forced_at = monotonic() + grace
+
+    def uptime_s(self):
+        return monotonic() - self.started
+
+    def about(self):
+        return {"pid": os.getpid(), "version": VERSION, "db": self.db, "socket": self.sock,
+                "uptime_s": int(self.uptime_s()), "workers": self.pool.count(),
+                "wanted": self.wanted, "stopping": self.stopping}
+
+    # -- the loop
+
+    def step(self):
+        """Wait for something to do, then do it."""
+        self.loop.wait(self.timeout())
+        for number in self.signals:
+            self.stop(0.0 if self.stopping and number == self.signals[-1] else None)
+        del self.signals[:]
+        now = monotonic()
+        if self.forced_at is not None and now >= self.forced_at:
+            self.forced_at = None
+            self.pool.stop_commands("stopped")
+        if now >= self.look_at:
+            self.look(now)
+        self.turn(now)
+        if self.pool.uneven:
+            self.pool.converge(0 if self.stopping else self.wanted, now)
+
+    def timeout(self):
+        """Seconds until there is something to do of its own accord."""
+        now = monotonic()
+        if self.pool.uneven and now >= self.pool.hold_until or self.wants_turn(now):
+            return 0.0
+        at = [self.look_at]
+        if self.pool.orphans:
+            at.append(self.pool.look_at)
+        for moment in (self.forced_at, self.retry_at):
+            if moment is not None:
+                at.append(moment)
+        if self.store.next_due is not None:
+            at.append(now + (self.store.next_due - now_ms()) / 1000.0)
+        return max(min(at) - now, 0.0 if self.retry_at is None else 0.01)
+
+    def wants_turn(self, now):
+        if self.retry_at is not None and now < self.retry_at:
+            return False
+        return bool(self.writes or self.chores or self.store.next_due is None
+                    or (self.hungry and self.can_start(now)))
+
+    def can_start(self, now):
+        return self.pool.idle and not self.stopping and now >= self.pool.hold_until
+
+    def look(self, now):
+        """Once a second: is everything still ours, what did other programs do?"""
+        self.look_at = now + LOOK_S
+        if not self.lock.in_place():
+            raise Replaced("%s was removed or replaced; another daemon could start" % self.lock.path)
+        self.store.check_file()
+        if not self.server.in_place():
+            self.reopen_socket()
+        for channel in list(self.channels):
+            if not channel.busy and now > channel.active_at + IDLE_S:
+                self.part(channel)
+        self.pool.kill_hung(now)
+        self.pool.reap()
+        try:
+            self.store.read_settings()
+            self.chores = self.store.has_chores(now_ms())
+        except StorageError as error:
+            self.trouble(error, now)
+        self.notice_clock()
+
+    def notice_clock(self):
+        """A clock that was set back leaves backoffs too far ahead."""
+        offset, before = now_ms() - int(monotonic() * 1000), self.clock
+        self.clock = offset
+        if abs(offset - before) > 1000:
+            self.store.next_due = None
+            if offset < before:
+                with self.store.transaction(durable=False):
+                    self.store.pull_in(now_ms())
+
+    def reopen_socket(self):
+        """Someone removed our socket: listen anew, unless another's is there."""
+        if knock(self.sock) is None:
+            self.loop.remove(self.server.socket)
+            self.server.server_close()
+            self.server = make_server(self.sock, self.welcome, self.on_request)
+            self.loop.add(self.server.socket, self.on_connection)
+
+    def turn(self, now):
+        """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""
+        if self.retry_at is not None and now < self.retry_at and not self.writes:
+            return
+        limit = self.store.settings["output-limit"]
+        results = self.pool.results(limit, now)
+        if not results and not self.wants_turn(now) and not self.due():
+            return
+        writes, self.writes = self.writes, []
+        try:
+            with self.store.transaction(durable=bool(writes)):
+                done = record_results(self.store, results, now_ms())
+                answers = [self.answer(request) for _, request, _ in writes]
+                self.do_chores()
+                claims = self.claims(now, done)
+        except StorageError as error:
+            self.pool.look_at = 0.0
+            self.put_off(error, writes, now)
+            return
+        self.retry_at, self.pause_s = None, BUSY_S
+        self.deliver(done, claims, zip(writes, answers), now)
+
+    def due(self):
+        return self.store.next_due is not None and self.store.next_due <= now_ms()
+
+    def do_chores(self):
+        """Adopt, purge and promote, some at a time."""
+        if self.chores:
+            adopted_some = adopt_strangers(self.store, now_ms())
+            self.store.purge_expired(now_ms())
+            self.hungry = self.hungry or adopted_some > 0
+            self.chores = adopted_some == PROMOTE
+        if self.commands:
+            self.store.add_commands(self.commands)
+        if self.store.next_due is None or self.due():
+            if self.store.promote(now_ms()):
+                self.hungry = True
+
+    def claims(self, now, done):
+        """Claims for idle workers, and for those whose job has just ended."""
+        if any(result.outcome.reason == "unstarted" for result, _ in done):
+            self.pool.hold_until = now + LOOK_S
+            self.hungry = True
+        if self.stopping or now < self.pool.hold_until:
+            return []
+        slots = list(self.pool.idle) if self.hungry else []
+        free = [hand.slot for hand in self.pool.rung.values() if not hand.leaving]
+        slots += free
+        claims = self.store.claim(slots, self.pool.boot, now_ms()) if slots else []
+        if slots:
+            self.hungry = len(claims) == len(slots)
+        return claims
+
+    def deliver(self, done, claims, answered, now):
+        """After the COMMIT: free workers, hand out, answer."""
+        self.commands = 0
+        for result, verdict in done:
+            self.pool.close(result.claim)
+            if verdict.state == "dead":
+                self.log("job dead: %s, %s" % (result.claim.job, verdict.error))
+            elif result.outcome.reason == "unstarted":
+                self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
+        for claim in claims:
+            if claim.slot in self.pool.idle:  # else: its worker has just died; settled like any
+                self.pool.hand_out(claim, self.order(claim))
+            else:
+                self.pool.orphans[claim.serial] = Orphan(claim, now)
+        wanted = None
+        for (channel, _, _), answer in answered:
+            if wanted is None:
+                wanted = self.wanted = self.store.wanted()
+                self.pool.uneven = self.hungry = True
+                self.pool.converge(0 if self.stopping else wanted, now)
+            self.send(channel, answer)
+
+    def order(self, claim):
+        """What a worker needs to run the claim."""
+        settings = self.store.settings
+        return {"serial": claim.serial, "id": claim.job, "attempt": claim.attempts + 1,
+                "command": claim.command, "shell": split_shell(settings["shell"]),
+                "timeout": claim.timeout, "limit": settings["output-limit"],
+                "cwd": claim.cwd or os.path.dirname(self.db),
+                "env": json.loads(claim.env) if claim.env else {}}
+
+    def put_off(self, error, writes, now):
+        """The transaction failed as a whole: outcomes and claims are tried again, requests too
+        while another program has the lock."""
+        if isinstance(error, Replaced):
+            for channel, _, _ in writes:
+                self.send(channel, error_answer(error))
+            raise error
+        for channel, request, since in writes:
+            if isinstance(error, Busy) and now < since + WRITE_S:
+                self.writes.append((channel, request, since))
+            else:
+                self.send(channel, error_answer(error))
+        self.hungry = self.chores = True
+        self.trouble(error, now)
+
+    def trouble(self, error, now):
+        """Try again after a pause that grows, and say so once a minute."""
+        self.log("storage trouble: %s" % error, every_s=60)
+        self.retry_at = now + self.pause_s
+        self.pause_s = BUSY_S if isinstance(error, Busy) else min(self.pause_s * 2, 5.0)
+
+    # -- clients
+
+    def on_connection(self, _events):
+        """Let in whoever waits."""
+        try:
+            request, address = self.server.get_request()
+        except BlockingIOError:
+            return
+        except OSError as error:  # no descriptors: make room, or it would be ready for ever
+            self.log("can't accept a connection: %s" % error, every_s=60)
+            quiet = [channel for channel in self.channels if not channel.busy]
+            for channel in sorted(quiet, key=lambda channel: channel.active_at)[:1]:
+                self.part(channel)
+            return
+        if self.server.verify_request(request, address):
+            self.server.process_request(request, address)
+        else:
+            self.server.shutdown_request(request)
+
+    def welcome(self, sock):
+        self.channels.add(Channel(sock, self.loop, self.on_input, self.on_end))
+
+    def part(self, channel):
+        channel.close()
+        self.channels.discard(channel)
+
+    def on_end(self, channel):
+        """It sends no more; what it asked is still answered."""
+        self.on_input(channel)
+        channel.watch()
+        if not channel.open:
+            self.part(channel)
+
+    def on_input(self, channel):
+        """Take the next whole request, one at a time for each connection."""
+        if channel.busy or not channel.open:
+            if len(channel.inbox) > 2 * MAX_REQUEST:
+                self.part(channel)
+            return
+        try:
+            data = take_request(channel.inbox)
+        except Failure as error:
+            del channel.inbox[:]
+            channel.ended = True
+            channel.loop.remove(channel.sock)
+            self.send(channel, error_answer(error))
+            return
+        if data is not None:
+            channel.busy = True
+            self.server.finish_request((channel, data), None)
+
+    def on_request(self, channel, data):
+        """A whole request: reads are done at once, writes in the next turn."""
+        self.commands += 1
+        try:
+            request = parse_request(data)
+            if request.get("db") not in (None, self.db):
+                raise Failure("the daemon at %s serves %s, not %s" % (
+                    safe(self.sock), safe(self.db), safe(str(request["db"]))))
+            found, arguments = resolve(request)
+        except Failure as error:
+            self.send(channel, error_answer(error))
+            return
+        if found.writes:
+            self.writes.append((channel, request, monotonic()))
+        elif "after" in found.names and "after" not in arguments and "limit" not in arguments:
+            channel.pages = self.pages(request, found, arguments)
+            self.send(channel, None)
+        else:
+            self.send(channel, self.answer(request))
+
+    def pages(self, request, found, arguments):
+        """A whole list as one answer, a page at a time: the original's client knows no pages."""
+        context = Context(self.store, now_ms(), self)
+        before, after = b'{"success":true,"message":[', 0
+        try:
+            while after is not None:
+                answer = found.function(context, after=after, **arguments)
+                after = answer["next"]
+                text = compact(answer["message"])[1:-1].encode()
+                yield before + text
+                before = b"," if text or before == b"," else before
+            yield (b"" if before == b"," else before if not text else b"") + b"]}\n"
+        except (Failure, TypeError) as error:
+            yield encode(error_answer(Failure(str(error))))
+
+    def answer(self, request):
+        """Do it; whatever goes wrong in it is its own trouble alone."""
+        context = Context(self.store, now_ms(), self)
+        try:
+            if not resolve(request)[0].writes:
+                return perform(context, request)
+            with self.store.savepoint():
+                return perform(context, request)
+        except StorageError as error:
+            if self.store.in_transaction():
+                raise
+            return error_answer(error)
+        except Failure as error:
+            return error_answer(error)
+        except Exception as error:  # a bug must not end the queue
+            import traceback
+            self.log("internal error: %s" % traceback.format_exc())
+            return error_answer(Failure("internal error: %r; see %s" % (error, self.log.path)))
+
+    def send(self, channel, answer):
+        """Answer (None: by pages), then look for the next request of that connection."""
+        channel.busy = False
+        channel.send(encode(answer) if answer is not None else b"")
+        if not channel.open:
+            self.channels.discard(channel)
+        elif channel.inbox:
+            self.on_input(channel)
+
+
+def open_store(db, known, wait_s=REACH_S):
+    """The Store, waiting while another program has the database locked."""
+    deadline = monotonic() + wait_s
+    while True:
+        try:
+            return Store(db, known)
+        except Busy:
+            if monotonic() > deadline:
+                raise
