@@ -872,6 +872,7 @@ class Store:
 
     def open(self):
         import sqlite3
+        self.error = sqlite3.Error
         if self.path != ":memory:":
             self.guard()
         with self.translated():
@@ -986,7 +987,7 @@ class Store:
         try:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
-            if isinstance(sys.exc_info()[1], sqlite3.DatabaseError):
+            if isinstance(sys.exc_info()[1], (StorageError, sqlite3.DatabaseError)):
                 self.close()
         except sqlite3.Error:
             self.close()
@@ -997,8 +998,9 @@ class Store:
         self.connection.execute("SAVEPOINT request")
         try:
             yield
-        except Failure:
-            self.connection.execute("ROLLBACK TO request")
+        except Exception:
+            if self.in_transaction():
+                self.connection.execute("ROLLBACK TO request")
             raise
         finally:
             if self.in_transaction():
@@ -1023,7 +1025,10 @@ class Store:
         """All rows: an open cursor would hide others' writes."""
         if self.connection is None:
             self.open()
-        return self.connection.execute(sql, values).fetchall()
+        try:
+            return self.connection.execute(sql, values).fetchall()
+        except self.error as error:
+            raise storage_error(self.path, error)
 
     def value(self, sql, values=()):
         """The first column of the first row, or None."""
@@ -1032,7 +1037,16 @@ class Store:
 
     def write(self, sql, values):
         """The number of rows written."""
-        return self.connection.execute(sql, values).rowcount
+        try:
+            return self.connection.execute(sql, values).rowcount
+        except self.error as error:
+            raise storage_error(self.path, error)
+
+    def write_all(self, sql, rows):
+        try:
+            self.connection.executemany(sql, rows)
+        except self.error as error:
+            raise storage_error(self.path, error)
 
     # -- settings and other values
 
@@ -1074,9 +1088,9 @@ class Store:
 
     def insert(self, jobs):
         """(new) -> pending. The caller has seen that the ids are free."""
-        self.connection.executemany("INSERT INTO jobs (%s) VALUES (%s)" % (
+        self.write_all("INSERT INTO jobs (%s) VALUES (%s)" % (
             COLUMNS, ", ".join("?" * len(Job._fields))), jobs)
-        self.connection.executemany("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
+        self.write_all("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
                                     [(job.unique, job.id) for job in jobs if job.unique])
         self.write("UPDATE totals SET enqueued = enqueued + ?", (len(jobs),))
         for job in jobs:
@@ -1161,9 +1175,9 @@ class Store:
         serial, stamp = self.value("SELECT serial FROM totals"), iso(now)
         claims = [Claim(serial + i + 1, slot, boot, now, *row[1:])
                   for i, (slot, row) in enumerate(zip(slots, rows))]
-        self.connection.executemany("INSERT INTO running VALUES (?, ?, ?, ?, ?)", [
+        self.write_all("INSERT INTO running VALUES (?, ?, ?, ?, ?)", [
             (claim.serial, claim.job, claim.slot, boot, now) for claim in claims])
-        self.connection.executemany(
+        self.write_all(
             """UPDATE jobs
                SET state = 'processing', ready = NULL, serial = ?, runs = runs + 1,
                    locked_at = ?, started_at = ?, updated_at = ?
@@ -3021,17 +3035,17 @@ class Daemon:
     def pages(self, request, found, arguments):
         """A whole list as one answer, a page at a time: the original's client knows no pages."""
         context = Context(self.store, now_ms(), self)
-        before, after = b'{"success":true,"message":[', 0
+        start, after = b'{"success":true,"message":[', 0
         try:
             while after is not None:
                 answer = found.function(context, after=after, **arguments)
                 after = answer["next"]
-                text = compact(answer["message"])[1:-1].encode()
-                yield before + text
-                before = b"," if text or before == b"," else before
-            yield (b"" if before == b"," else before if not text else b"") + b"]}\n"
-        except (Failure, TypeError) as error:
-            yield encode(error_answer(Failure(str(error))))
+                if answer["message"]:
+                    yield start + compact(answer["message"])[1:-1].encode()
+                    start = b","
+            yield (start if start != b"," else b"") + b"]}\n"
+        except Failure as error:
+            yield encode(error_answer(error))
 
     def answer(self, request):
         """Do it; whatever goes wrong in it is its own trouble alone."""
@@ -3071,3 +3085,640 @@ def open_store(db, known, wait_s=REACH_S):
         except Busy:
             if monotonic() > deadline:
                 raise
+
+
+# ---- Client -------------------------------------------------------------------------------------
+# Where a command finds its queue, and how it has its request done: by whoever holds the lock, or,
+# if nobody does, here.
+
+# db, socket: absolute paths; …_given: by flag or environment, else the default
+Place = collections.namedtuple("Place", "db db_given socket socket_given")
+
+
+class Unreachable(Failure):
+    """Nobody answers now; asking again may help, and repeats nothing that was done."""
+
+
+def locate(db, sock, environ):
+    """The Place that flags and environment name. An empty variable counts as unset."""
+    db = db or environ.get("DB_PATH") or None
+    sock = sock or environ.get("SOCKET_PATH") or None
+    place = Place(os.path.realpath(db or default_db()), db is not None,
+                  os.path.abspath(sock or DEFAULT_SOCKET), sock is not None)
+    if "\0" in place.db or os.path.isdir(place.db):
+        raise Failure("%s is no file for a database; give another --db" % safe(place.db))
+    check_socket_path(place.socket)
+    return place
+
+
+def default_db():
+    """Beside this file if the directory is ours alone and no bin, else where state is kept."""
+    folder = os.path.dirname(os.path.realpath(__file__))
+    status = os.stat(folder)
+    ours = status.st_uid == os.geteuid() and not others_can_write(status)
+    if not ours or os.path.basename(folder) in ("bin", "sbin"):
+        folder = ("/var/lib/queuectl" if os.geteuid() == 0
+                  else os.path.expanduser("~/.local/state/queuectl"))
+    return os.path.join(folder, "queuectl.db")
+
+
+def make_default_folder(place):
+    """Only the default's directory is made; another is the user's affair."""
+    folder = os.path.dirname(place.db)
+    if not place.db_given and not os.path.isdir(folder):
+        try:
+            os.makedirs(os.path.dirname(folder), exist_ok=True)
+            private_directory(folder)
+        except OSError as error:
+            raise Failure("can't make %s: %s; give a --db" % (safe(folder), error.strerror))
+
+
+def ask(path, request, patience=ANSWER_S):
+    """The answer of the daemon at socket `path`; Unreachable when there is none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(patience)
+        try:
+            sock.connect(path)
+            if peer_uid(sock) not in (os.geteuid(), None):
+                raise Failure("%s is served by another user (uid %d); give another --socket"
+                              % (safe(path), peer_uid(sock)))
+            sock.sendall(encode(request))
+            data = bytearray()
+            while not data.endswith(b"\n"):
+                piece = sock.recv(1 << 18)
+                if not piece:
+                    raise Unreachable("the daemon at %s broke off" % safe(path))
+                data += piece
+        except socket.timeout:
+            raise Failure("the daemon at %s does not answer; whether it did what was asked shows:"
+                          " list" % safe(path))
+        except OSError as error:
+            raise Unreachable("nobody answers at %s: %s" % (safe(path), error.strerror or error))
+    return json.loads(data.decode())
+
+
+class Queue:
+    """The queue at `place`, as a command uses it. `note(line)` tells the user how it went."""
+
+    def __init__(self, place, note):
+        self.place = place
+        self.note = note
+
+    def call(self, command, option=None, **value):
+        """The answer to a request; Failure when it was refused."""
+        request = {"command": command, "option": option, "flag": None, "value": value,
+                   "version": VERSION, "once": os.urandom(12).hex()}
+        if self.place.socket_given and not self.place.db_given:
+            answer = self.ask_at_socket(request)
+        else:
+            answer = self.ask_holder(dict(request, db=self.place.db))
+        if answer.get("success") is True:
+            return answer
+        details = {key: value for key, value in answer.items() if key not in ("success", "message")}
+        message = str(answer.get("message"))
+        raise Failure(message[7:] if message.startswith("Error: ") else message, **details)
+
+    def ask_at_socket(self, request):
+        """Only a socket was given: whatever is served there."""
+        deadline = monotonic() + REACH_S
+        while True:
+            if knock(self.place.socket) not in ("live",):
+                raise NobodyThere(self.place.socket)
+            try:
+                return ask(self.place.socket, request)
+            except Unreachable:
+                if monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+
+    def ask_holder(self, request):
+        """The lock tells: free, do it here; held, ask its holder, until either works."""
+        if resolve(request)[0].writes or not self.untouched():
+            make_default_folder(self.place)
+        else:
+            return self.do_here(None, request)
+        deadline, lock = monotonic() + REACH_S, Lock(self.place.db)
+        while True:
+            try:
+                if lock.take():
+                    return self.do_here(lock, request)
+                holder = lock.text()
+            finally:
+                lock.release()
+            try:
+                return ask(self.check_holder(holder), request)
+            except Unreachable as error:
+                if monotonic() > deadline:
+                    raise Failure("pid %s holds the lock of %s, but %s" % (
+                        holder.get("pid", "unknown"), safe(self.place.db), error))
+                time.sleep(0.02)
+
+    def check_holder(self, holder):
+        """The socket of the lock's holder, after a look at what the user gave."""
+        path = holder.get("socket")
+        if not isinstance(path, str):
+            raise Unreachable("it is no daemon")
+        if self.place.socket_given and path != self.place.socket:
+            raise Failure("the daemon of %s listens at %s, not at %s; leave out --socket and"
+                          " SOCKET_PATH" % (safe(self.place.db), safe(path),
+                                            safe(self.place.socket)))
+        if not self.place.db_given and not self.place.socket_given and path != DEFAULT_SOCKET:
+            self.mention_other()
+        return path
+
+    def untouched(self):
+        """Whether there has never been a queue here."""
+        return not any(map(os.path.lexists, (self.place.db, self.place.db + ".lock")))
+
+    def do_here(self, lock, request):
+        """Without a daemon: the same operation, in this process, under the lock (None: only a
+        look at a queue that isn't there yet, which makes nothing)."""
+        found, _ = resolve(request)
+        if found.needs_daemon:
+            raise NoDaemon(self.place.db)
+        if not self.place.db_given and not self.place.socket_given:
+            self.mention_other(creating=request["command"] == "enqueue"
+                               and not os.path.exists(self.place.db))
+        if lock is None:
+            store = Store(":memory:")
+            answer = perform(Context(store, now_ms(), None), request)
+        else:
+            identity = lock.text().get("identity")
+            lock.write("command", None, identity)
+            store = open_store(self.place.db, identity)
+            lock.write("command", None, store.known)
+            answer = self.do_in(store, request, found)
+        store.close()
+        self.note("daemon not running; %s %s" % ("stored in" if found.writes else "read from",
+                                                 safe(self.place.db)))
+        return answer
+
+    def do_in(self, store, request, found):
+        """Record what ended meanwhile, then do it. Stopping what is left is the daemon's work."""
+        spool, boot, now = Spool(self.place.db), boot_id(), now_ms()
+        results = []
+        for claim in store.open_claims():
+            verdict, record = examine(claim, spool, boot)
+            if verdict not in ("leave", "stop"):
+                results.append(orphan_result(claim, verdict, record, spool,
+                                             store.settings["output-limit"]))
+        deadline = monotonic() + REACH_S
+        while True:
+            try:
+                with store.transaction(durable=found.writes):
+                    record_results(store, results, now)
+                    adopt_strangers(store, now)
+                    answer = perform(Context(store, now, None), request)
+                break
+            except Busy:
+                if monotonic() > deadline:
+                    raise
+        for result in results:
+            spool.discard(result.claim.serial)
+        return answer
+
+    def mention_other(self, creating=False):
+        """Nothing was given, and a daemon of ours at the default socket serves another queue."""
+        with contextlib.suppress(Failure):
+            if knock(DEFAULT_SOCKET) != "live":
+                return
+            about = ask(DEFAULT_SOCKET, {"command": "daemon", "option": "status"}, 2).get("message")
+            other = about.get("db") if isinstance(about, dict) else None
+            if not other or other == self.place.db:
+                return
+            hint = "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
+                DEFAULT_SOCKET, safe(other), shell_quote(other))
+            if not creating:
+                self.note(hint)
+                return
+        if creating:
+            raise Failure("%s does not exist; %s; or name the new queue with --db"
+                          % (safe(self.place.db), hint))
+
+
+class NobodyThere(Failure):
+    """Only a socket was given, and no daemon listens there."""
+
+    def __init__(self, path):
+        super().__init__("no daemon at %s; name the queue with --db" % safe(path))
+
+
+def shell_quote(text):
+    import shlex
+    return shlex.quote(text)
+
+
+def start_in_background(place, workers):
+    """Start a daemon with `workers` wanted, in a session of its own; returns once it is ready."""
+    import subprocess
+    command = [sys.executable or "python3", os.path.abspath(__file__), "--db", place.db]
+    if place.socket_given:
+        command += ["--socket", place.socket]
+    if workers is not None:
+        workers = ["--workers", str(workers)]
+    daemon = subprocess.Popen(command + ["daemon"] + (workers or []), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
+                              start_new_session=True)
+    ready = daemon.stdout.readline()
+    if ready:
+        daemon.returncode = 0  # it outlives us: not waited for
+        return ready.decode("utf-8", "replace").strip()
+    lines = daemon.stderr.read().decode("utf-8", "replace").strip().splitlines() or ["it died"]
+    daemon.wait()
+    try:
+        raise Failure(json.loads(lines[-1])["message"].partition(": ")[2])
+    except (ValueError, KeyError, TypeError):
+        raise Failure("the daemon did not start: %s" % safe(lines[-1]))
+
+
+# ---- Output -------------------------------------------------------------------------------------
+# What users see: results as JSON, on stdout; the rest is for people, on stderr.
+
+def indented(value):
+    return json.dumps(value, indent=2)
+
+
+def job_lines(pages):
+    """A list of jobs as indented JSON, piece by piece: it may be a long one."""
+    start = "[\n  "
+    for page in pages:
+        for job in page:
+            yield start + indented(job).replace("\n", "\n  ")
+            start = ",\n  "
+    yield "[]" if start[0] == "[" else "\n]"
+
+
+def printed(text, end="\n", stream=None):
+    """Write and flush, so that a full disk or a closed pipe shows here."""
+    stream = stream or sys.stdout
+    stream.write(text + end)
+    stream.flush()
+
+
+def note(line):
+    printed(line, stream=sys.stderr)
+
+
+# ---- Commands -----------------------------------------------------------------------------------
+# One function a command, its arguments above it, its help in its docstring. Glue only.
+
+COMMANDS = {}  # "dlq retry" -> (function, arguments, examples)
+
+
+def arg(*names, **options):
+    return names, options
+
+
+def command(name, *arguments, examples=()):
+    def register(function):
+        COMMANDS[name] = (function, arguments, examples)
+        return function
+    return register
+
+
+def duration_flag(text):
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("%s %s" % (safe(text), error))
+
+
+def count_flag(text):
+    try:
+        return in_range(whole(text), 1, MAX_WORKERS)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
+@command("enqueue", arg("job", help="the job as JSON, or - for a job a line from stdin"),
+         arg("-q", "--quiet", action="store_true", help="print ids only"),
+         examples=("""enqueue '{"id":"hello","command":"echo Hello World"}'""",
+                   "enqueue - <jobs.jsonl"))
+def cmd_enqueue(queue, args):
+    """Store a job. Fields: command (required), id, priority, run_after, timeout, max_retries,
+    cwd, env, unique. It is on disk when this returns."""
+    if args.job == "-":
+        return enqueue_lines(queue, args)
+    answer = queue.call("enqueue", job=args.job, cwd=here())
+    if args.quiet:
+        printed(answer["id"])
+        return
+    printed(compact({"success": True, "message": answer["message"], "id": answer["id"]}))
+    note("id: %s" % safe(answer["id"]))
+    note("command: %s" % safe(decode_json(args.job, "the job")["command"]))
+
+
+def here():
+    """The directory a job runs in unless it says so itself."""
+    try:
+        path = os.getcwd()
+        path.encode()
+        return path
+    except (OSError, UnicodeEncodeError):
+        return None
+
+
+def enqueue_lines(queue, args):
+    """JSON Lines from stdin, in batches that are each stored whole or not at all."""
+    stored = held = last = 0
+    progress = sys.stderr.isatty()
+    for lines in batches(sys.stdin.buffer):
+        try:
+            jobs = [parse_line(number, line) for number, line in lines]
+            answer = queue.call("enqueue", "batch", jobs=jobs, cwd=here())
+        except Failure as error:
+            number = error.details.get("line") or lines[error.details.get("index", 0)][0]
+            raise Failure("line %d: %s; %s" % (
+                number, error, "lines 1 to %d are stored" % last if last else "nothing is stored"))
+        last = lines[-1][0]
+        count = int(answer["message"].split()[1])
+        stored, held = stored + count, held + len(jobs) - count
+        queue.note = lambda line: None  # once is enough
+        if args.quiet:
+            printed("\n".join(answer["ids"]))
+        if progress:
+            printed("\r%d stored" % stored, end="", stream=sys.stderr)
+    if progress:
+        note("")
+    if not args.quiet:
+        printed(compact({"success": True, "message": "Enqueued %s" % plural(stored, "job"),
+                         "already_queued": held}))
+
+
+def batches(stream):
+    """Lists of (line number, bytes), each as large as one request may be; blank lines left out."""
+    lines, size = [], 0
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        if lines and (len(lines) == BATCH_JOBS or size + len(line) > BATCH_BYTES):
+            yield lines
+            lines, size = [], 0
+        lines.append((number, line))
+        size += len(line)
+    if lines:
+        yield lines
+
+
+def parse_line(number, line):
+    try:
+        return decode_json(line.decode(), "it")
+    except UnicodeDecodeError:
+        raise Failure("it is not UTF-8", line=number)
+    except Failure as error:
+        raise Failure(str(error), line=number)
+
+
+@command("daemon", arg("--workers", type=count_flag, metavar="N", help="workers wanted from now on"),
+         arg("--grace", type=duration_flag, metavar="DUR",
+             help="how long a stop waits for running jobs, like 30s (default: as long as it takes)"),
+         arg("--detach", action="store_true", help="run in the background"),
+         examples=("daemon --workers 2", "daemon --workers 4 --grace 60s"))
+def cmd_daemon(queue, args):
+    """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running
+    jobs, exit; a second one stops them and gives their attempts back."""
+    place = queue.place
+    make_default_folder(place)
+    if args.detach:
+        note(start_in_background(place, args.workers))
+        return None
+    grace = None if args.grace is None else args.grace / 1000.0
+    daemon = Daemon(place.db, place.socket, sock_given=place.socket_given, workers=args.workers,
+                    grace=grace)
+    return daemon.run(printed)
+
+
+@command("daemon stop", arg("--grace", type=duration_flag, metavar="DUR",
+                            help="stop jobs that still run after it"),
+         examples=("daemon stop", "daemon stop --grace 30s"))
+def cmd_daemon_stop(queue, args):
+    """Stop the daemon as SIGTERM does, and wait until it is gone."""
+    pid = queue.call("daemon", "stop", grace=args.grace)["pid"]
+    started = process_start(pid)
+    said = monotonic() + 1
+    while started and process_start(pid) == started:
+        if said and monotonic() > said:
+            note("waiting for running jobs; Ctrl-C ends only the waiting")
+            said = None
+        time.sleep(0.02)
+    printed(compact(reply("Stopped daemon")))
+
+
+@command("daemon status", examples=("daemon status", "--db /srv/q.db daemon status"))
+def cmd_daemon_status(queue, args):
+    """Show the daemon's pid, version, paths and workers."""
+    printed(indented(queue.call("daemon", "status")["message"]))
+
+
+@command("worker start", arg("--count", type=count_flag, default=1, metavar="N",
+                             help="how many (default 1)"),
+         examples=("worker start", "worker start --count 3"))
+def cmd_worker_start(queue, args):
+    """Add workers. Without a daemon, start one in the background with so many."""
+    for last in (False, True):
+        try:
+            printed(compact(without_id(queue.call("worker", "start", count=args.count))))
+            return
+        except (NoDaemon, NobodyThere):
+            make_default_folder(queue.place)
+        try:
+            note(start_in_background(queue.place, args.count))
+            printed(compact(reply("Started %s" % plural(args.count, "worker"))))
+            return
+        except Failure as error:
+            if last or "already serves" not in str(error):
+                raise
+
+
+def without_id(answer):
+    return {"success": True, "message": answer["message"]}
+
+
+@command("worker stop", examples=("worker stop", "--db /srv/q.db worker stop"))
+def cmd_worker_stop(queue, args):
+    """End each worker after its current job; none is wanted any more."""
+    printed(compact(without_id(queue.call("worker", "stop"))))
+
+
+@command("status", examples=("status", "status | grep pending"))
+def cmd_status(queue, args):
+    """Show the number of jobs in each state, and of workers."""
+    printed(indented(queue.call("status")["message"]))
+
+
+@command("list", arg("--state", choices=STATES, metavar="S", help="only " + ", ".join(STATES)),
+         examples=("list", "list --state completed"))
+def cmd_list(queue, args):
+    """Show jobs, oldest first."""
+    print_jobs(queue, "list", None, state=args.state)
+
+
+@command("dlq list", examples=("dlq list", "dlq list | grep error"))
+def cmd_dlq_list(queue, args):
+    """Show the dead jobs."""
+    print_jobs(queue, "dlq", "list")
+
+
+def print_jobs(queue, name, option, **filters):
+    for text in job_lines(pages(queue, name, option, filters)):
+        sys.stdout.write(text)
+    printed("")
+
+
+def pages(queue, name, option, filters):
+    """The jobs of a long answer, page by page."""
+    after = 0
+    while after is not None:
+        answer = queue.call(name, option, after=after, limit=PAGE_JOBS, **filters)
+        yield answer["message"]
+        after = answer["next"]
+        queue.note = lambda line: None  # once is enough
+
+
+@command("dlq retry", arg("ids", nargs="+", metavar="ID", help="a dead job"),
+         examples=("dlq retry hello", "dlq retry job-1 job-2"))
+def cmd_dlq_retry(queue, args):
+    """Queue dead jobs again, their attempts back at 0."""
+    printed(compact(without_id(queue.call("dlq", "retry", ids=args.ids))))
+
+
+@command("config set", arg("key", help=", ".join(SETTINGS)), arg("value"),
+         examples=("config set max-retries 5", "config set timeout 10m"))
+def cmd_config_set(queue, args):
+    """Change a setting. Times are milliseconds, or like 90s, 5m, 2h, 1d."""
+    printed(compact(without_id(queue.call("config", "set", key=args.key, value=args.value))))
+
+
+@command("config get", arg("key", help=", ".join(SETTINGS)),
+         examples=("config get max-retries", "config get backoff"))
+def cmd_config_get(queue, args):
+    """Show a setting."""
+    printed(compact(queue.call("config", "get", key=args.key)["message"]))
+
+
+@command("config list", examples=("config list", "config list | grep timeout"))
+def cmd_config_list(queue, args):
+    """Show all settings."""
+    printed(indented(queue.call("config", "list")["message"]))
+
+
+@command("metrics", examples=("metrics", "metrics | grep average_runtime"))
+def cmd_metrics(queue, args):
+    """Show counters and run times."""
+    printed(indented(queue.call("metrics")["message"]))
+
+
+# ---- Main ---------------------------------------------------------------------------------------
+# The parser of the one command that is called, and the exit status.
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as ours."""
+
+    def error(self, message):
+        raise Usage("%s; see: %s --help" % (safe(message), self.prog))
+
+
+def new_parser(prog, **options):
+    parser = Parser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, **options)
+    parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS,
+                        help="the queue's database (else DB_PATH)")
+    parser.add_argument("--socket", metavar="PATH", default=argparse.SUPPRESS,
+                        help="the daemon's socket (else SOCKET_PATH)")
+    return parser
+
+
+def summary(name):
+    """The first sentence of a command's help."""
+    return " ".join(COMMANDS[name][0].__doc__.split()).partition(". ")[0].rstrip(".")
+
+
+def overview(prefix=""):
+    return "commands:\n" + "\n".join("  %-15s %s" % (name, summary(name)) for name in COMMANDS
+                                     if name.startswith(prefix))
+
+
+def parse(argv):
+    """(function, arguments) of a command line. Only the parser that is needed is made."""
+    top = new_parser("queuectl", description=__doc__.partition("\n\n")[0], epilog=overview()
+                     + "\n\nexamples:\n" + __doc__.split("\n\n")[1]
+                     + "\n\nqueuectl COMMAND --help tells more.")
+    top.add_argument("--version", action="version", version="queuectl " + VERSION)
+    top.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    args = top.parse_args(argv)
+    if not args.words:
+        raise Usage("a command is missing; see: queuectl --help")
+    name = " ".join(args.words[:2])
+    if name not in COMMANDS:
+        name = args.words[0]
+    if name not in COMMANDS:
+        return parse_group(name, args.words[1:])
+    function, arguments, examples = COMMANDS[name]
+    parser = new_parser("queuectl " + name, description=function.__doc__, epilog="examples:\n"
+                        + "\n".join("  queuectl " + example for example in examples))
+    for names, options in arguments:
+        parser.add_argument(*names, **options)
+    return function, parser.parse_args(args.words[len(name.split()):], namespace=args)
+
+
+def parse_group(name, rest):
+    """`queuectl dlq` alone: its help, or what is known instead."""
+    known = [full for full in COMMANDS if full.startswith(name + " ")]
+    if known and set(rest) & {"-h", "--help"}:
+        examples = [example for full in known for example in COMMANDS[full][2][:1]]
+        new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
+            "  queuectl " + example for example in examples)).parse_args(["--help"])
+    raise Usage("unknown command %s; known are %s" % (
+        safe(" ".join([name] + rest[:1])), ", ".join(known or COMMANDS)))
+
+
+def prepare_stdio():
+    """Open descriptors 0 to 2, or the lock could become one of them; write UTF-8 whatever the
+    locale."""
+    import io
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            break
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, io.TextIOWrapper(stream.detach(), "utf-8", "backslashreplace",
+                                                line_buffering=name == "stderr"))
+        elif stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
+def utf8(argument):
+    """An argument as the user typed it: with the C locale 3.6 makes surrogates of é."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError:
+        return argument
+
+
+def main(argv):
+    """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
+    try:
+        function, args = parse([utf8(argument) for argument in argv])
+        place = locate(getattr(args, "db", None), getattr(args, "socket", None), os.environ)
+        return function(Queue(place, note), args) or 0
+    except Failure as error:
+        note(compact({"success": False, "message": "Error: %s" % error}))
+        return error.exit_code
+    except KeyboardInterrupt:
+        note("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at exit
+        return 1
+    except OSError as error:
+        note(compact({"success": False, "message": "Error: %s" % safe(str(error))}))
+        return 1
+
+
+if __name__ == "__main__":
+    prepare_stdio()
+    sys.exit(main(sys.argv[1:]))
