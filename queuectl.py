@@ -36,8 +36,8 @@ a file w.N for each worker (lock, slot and mailbox) and a file N for each runnin
 The sections of this file, each of which uses only those above it:
 
   Constants and defaults
-  Errors
   Time, ids and text
+  Errors
   Files and processes
   Settings and jobs
   Retry policy
@@ -122,70 +122,6 @@ SETTINGS = {
 }
 DEFAULT_SOCKET = "/tmp/queuectl.sock"
 
-# ---- Errors -------------------------------------------------------------------------------------
-# A Failure is expected: it becomes one line that says the way out, never a traceback.
-
-
-class Failure(Exception):
-    """A normal failure. `str()` is the line for the user; `details` travel in the answer."""
-
-    exit_code = 1
-
-    def __init__(self, message, **details):
-        super().__init__(message)
-        self.details = details
-
-
-class Usage(Failure):
-    """The command line itself is wrong."""
-
-    exit_code = 2
-
-
-class BadField(Failure):
-    """A job's field, or a setting, has a value it can't have."""
-
-    def __init__(self, field, problem):
-        super().__init__("field %s %s" % (safe(str(field)[:80]), problem))
-
-
-class NoDaemon(Failure):
-    """A command needs the daemon and none runs."""
-
-    def __init__(self, db):
-        super().__init__("no daemon runs for %s; start one with: worker start" % safe(db))
-
-
-class StorageError(Failure):
-    """The database can't be used now; nothing was changed."""
-
-
-class Busy(StorageError):
-    """Another program holds the database's write lock."""
-
-
-class Replaced(StorageError):
-    """The database or the lock file is no longer the one that was opened."""
-
-
-def storage_error(path, error):
-    """The StorageError for a sqlite3 or OS `error` on the database at `path`, with what to do."""
-    text, path = str(error), safe(path)
-    for words, kind, advice in (
-            ("locked", Busy, "%s is locked by another program; try again when it is done"),
-            ("disk is full", StorageError, "no space left for %s; free some and try again"),
-            ("readonly", StorageError, "%s can't be written; check its mode and its file system"),
-            ("unable to open", StorageError, "%s can't be opened; check its directory"),
-            ("not a database", StorageError, "%s is not a database; restore a backup or move it"),
-            ("malformed", StorageError, "%s is corrupt; restore a backup, or save what is left"
-                                        " with: sqlite3 FILE .recover"),
-            ("no such", StorageError, "%s is not a queue's database: another program changed it"),
-            ("disk I/O", StorageError, "%s can't be read or written; look at the kernel's log")):
-        if words in text:
-            return kind((advice % path) + " (%s)" % text)
-    return StorageError("the database %s failed: %s" % (path, safe(text)))
-
-
 # ---- Time, ids and text -------------------------------------------------------------------------
 # The only place that reads a clock. Everything below takes `now`: milliseconds since 1970, UTC.
 
@@ -261,6 +197,70 @@ def plural(count, noun):
 def compact(value):
     """`value` as JSON in one ASCII line."""
     return json.dumps(value, separators=(",", ":"))
+
+
+# ---- Errors -------------------------------------------------------------------------------------
+# A Failure is expected: it becomes one line that says the way out, never a traceback.
+
+
+class Failure(Exception):
+    """A normal failure. `str()` is the line for the user; `details` travel in the answer."""
+
+    exit_code = 1
+
+    def __init__(self, message, **details):
+        super().__init__(message)
+        self.details = details
+
+
+class Usage(Failure):
+    """The command line itself is wrong."""
+
+    exit_code = 2
+
+
+class BadField(Failure):
+    """A job's field, or a setting, has a value it can't have."""
+
+    def __init__(self, field, problem):
+        super().__init__("field %s %s" % (safe(str(field)[:80]), problem))
+
+
+class NoDaemon(Failure):
+    """A command needs the daemon and none runs."""
+
+    def __init__(self, db):
+        super().__init__("no daemon runs for %s; start one with: worker start" % safe(db))
+
+
+class StorageError(Failure):
+    """The database can't be used now; nothing was changed."""
+
+
+class Busy(StorageError):
+    """Another program holds the database's write lock."""
+
+
+class Replaced(StorageError):
+    """The database or the lock file is no longer the one that was opened."""
+
+
+def storage_error(path, error):
+    """The StorageError for a sqlite3 or OS `error` on the database at `path`, with what to do."""
+    text, path = str(error), safe(path)
+    for words, kind, advice in (
+            ("locked", Busy, "%s is locked by another program; try again when it is done"),
+            ("disk is full", StorageError, "no space left for %s; free some and try again"),
+            ("readonly", StorageError, "%s can't be written; check its mode and its file system"),
+            ("unable to open", StorageError, "%s can't be opened; check its directory"),
+            ("not a database", StorageError, "%s is not a database; restore a backup or move it"),
+            ("malformed", StorageError, "%s is corrupt; restore a backup, or save what is left"
+                                        " with: sqlite3 FILE .recover"),
+            ("no such", StorageError, "%s is not a queue's database: another program changed it"),
+            ("disk I/O", StorageError, "%s can't be read or written; look at the kernel's log")):
+        if words in text:
+            return kind((advice % path) + " (%s)" % text)
+    return StorageError("the database %s failed: %s" % (path, safe(text)))
 
 
 def decode_json(text, what):
@@ -349,6 +349,18 @@ def check_folder(folder):
                       % safe(folder))
 
 
+def file_system(folder, table="/proc/self/mountinfo"):
+    """The type of the file system that `folder` is on ("" where the system doesn't say)."""
+    best = ("", "")
+    with contextlib.suppress(OSError), open(table, errors="surrogateescape") as mounts:
+        for line in mounts:
+            left, _, right = line.partition(" - ")
+            point = re.sub(r"\\(\d{3})", lambda m: chr(int(m.group(1), 8)), left.split()[4])
+            if (folder + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
+                best = (point, right.split()[0])
+    return best[1]
+
+
 def check_database(path):
     """Refuse a database with planted files, or one where SQLite's locks don't work."""
     for name in (path, path + "-wal", path + "-shm", path + "-journal"):
@@ -360,18 +372,6 @@ def check_database(path):
                 kind):
         raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
                       " give a --db on a local disk" % (safe(folder), kind))
-
-
-def file_system(folder, table="/proc/self/mountinfo"):
-    """The type of the file system that `folder` is on ("" where the system doesn't say)."""
-    best = ("", "")
-    with contextlib.suppress(OSError), open(table, errors="surrogateescape") as mounts:
-        for line in mounts:
-            left, _, right = line.partition(" - ")
-            point = re.sub(r"\\(\d{3})", lambda m: chr(int(m.group(1), 8)), left.split()[4])
-            if (folder + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
-                best = (point, right.split()[0])
-    return best[1]
 
 
 def boot_id():
@@ -412,6 +412,16 @@ def is_locked(path):
         os.close(fd)
 
 
+def has_open(pid, fd, wanted):
+    """Whether descriptor `fd` of `pid` is the file with status `wanted`, open for writing."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat("/proc/%s/fd/%s" % (pid, fd)), wanted):
+            with open("/proc/%s/fdinfo/%s" % (pid, fd)) as info:
+                flags = re.search(r"flags:\s*([0-7]+)", info.read())
+            return bool(flags) and int(flags.group(1), 8) & os.O_ACCMODE != os.O_RDONLY
+    return False
+
+
 def holders(path):
     """The pids, but for our own, that have `path` open for writing: `logs` and `tail` only read.
     Empty where there is no /proc."""
@@ -425,16 +435,6 @@ def holders(path):
                         found.append(int(pid))
                         break
     return found
-
-
-def has_open(pid, fd, wanted):
-    """Whether descriptor `fd` of `pid` is the file with status `wanted`, open for writing."""
-    with contextlib.suppress(OSError):
-        if os.path.samestat(os.stat("/proc/%s/fd/%s" % (pid, fd)), wanted):
-            with open("/proc/%s/fdinfo/%s" % (pid, fd)) as info:
-                flags = re.search(r"flags:\s*([0-7]+)", info.read())
-            return bool(flags) and int(flags.group(1), 8) & os.O_ACCMODE != os.O_RDONLY
-    return False
 
 
 def pad(value, size):
@@ -455,6 +455,40 @@ def unpad(data):
 # The job's record, and the checks of whatever a user or another program gives.
 
 
+def as_text(value):
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    if "\0" in value:
+        raise ValueError("must not hold a NUL")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode (a lone surrogate)")
+    return value
+
+
+def in_range(number, low, high):
+    if not low <= number <= high:
+        raise ValueError("must be %d to %d" % (low, high))
+    return number
+
+
+def whole(text):
+    if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
+        raise ValueError("must be a whole number")
+    return int(text)
+
+
+@functools.lru_cache(maxsize=8)
+def split_shell(text):
+    """The argv that the `shell` setting stands for."""
+    import shlex
+    argv = shlex.split(as_text(text))
+    if not argv:
+        raise ValueError("must name a program, like /bin/sh -c")
+    return argv
+
+
 def read_setting(key, value):
     """The typed value of setting `key` given as text or number; BadField, or Failure if unknown."""
     if key not in SETTINGS:
@@ -473,39 +507,6 @@ def read_setting(key, value):
         return in_range(number, low, high)
     except ValueError as error:
         raise BadField(key, str(error))
-
-
-def split_shell(text):
-    """The argv that the `shell` setting stands for."""
-    import shlex
-    argv = shlex.split(as_text(text))
-    if not argv:
-        raise ValueError("must name a program, like /bin/sh -c")
-    return argv
-
-
-def whole(text):
-    if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
-        raise ValueError("must be a whole number")
-    return int(text)
-
-
-def in_range(number, low, high):
-    if not low <= number <= high:
-        raise ValueError("must be %d to %d" % (low, high))
-    return number
-
-
-def as_text(value):
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    if "\0" in value:
-        raise ValueError("must not hold a NUL")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("is not valid Unicode (a lone surrogate)")
-    return value
 
 
 def as_id(value):
@@ -642,6 +643,12 @@ def make_job(given, settings, now, cwd=None, job_id=None):
                None if due > now else 1, own, 0, None)
 
 
+def as_state(value):
+    if value not in STATES:
+        raise ValueError("must be one of " + ", ".join(STATES))
+    return value
+
+
 def adopted(job, settings, now):
     """A row that another program wrote, as a job like any other. What is NULL or out of range
     gets its default; a command that can't run, or a date that is none, makes it dead."""
@@ -673,12 +680,6 @@ def adopted(job, settings, now):
     return job.waiting(parse_date(job.run_after), now)._replace(finished_at=None)
 
 
-def as_state(value):
-    if value not in STATES:
-        raise ValueError("must be one of " + ", ".join(STATES))
-    return value
-
-
 # ---- Retry policy -------------------------------------------------------------------------------
 # What becomes of a job after an attempt. Pure: it reads no clock and touches no store.
 
@@ -705,6 +706,13 @@ def backoff_ms(attempts, settings, spread=0.0):
     return int(min(seconds * 1000 * (1 + spread * settings["jitter"] / 100.0), longest))
 
 
+def signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal %d" % number
+
+
 def failure_text(job, outcome):
     """One line that says how an attempt failed; None if it did not."""
     if outcome.reason == "timeout":
@@ -715,13 +723,6 @@ def failure_text(job, outcome):
     if outcome.status is None or outcome.status >= 0:
         return "exit %s" % outcome.status if outcome.status else None
     return "killed by " + signal_name(-outcome.status)
-
-
-def signal_name(number):
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "signal %d" % number
 
 
 def decide(job, outcome, settings, now, spread=0.0):
@@ -1387,18 +1388,18 @@ def settle(record, worker_locked, run_locked, leader_lives, same_boot):
     return "lost"
 
 
+def leader(record):
+    """The pid of the attempt's first process if it still is that one, else None."""
+    pid = record.get("pid")
+    return pid if pid and record.get("start") and process_start(pid) == record["start"] else None
+
+
 def examine(claim, spool, boot):
     """(what `settle` says of the attempt, its record)."""
     locked = is_locked(spool.worker(claim.slot))  # first: once it is free the record is final
     record = spool.record(claim)
     return settle(record, locked, is_locked(spool.run(claim.serial)), bool(leader(record)),
                   claim.boot == boot), record
-
-
-def leader(record):
-    """The pid of the attempt's first process if it still is that one, else None."""
-    pid = record.get("pid")
-    return pid if pid and record.get("start") and process_start(pid) == record["start"] else None
 
 
 def signal_command(pid, run_file, number):
@@ -1774,6 +1775,17 @@ def peer_uid(sock):
 # come down its socket, a doorbell byte goes up, all else stands in its file. Without the daemon
 # it finishes its job, notes the outcome and leaves.
 
+def job_environment(order):
+    """What a command finds in its environment, as bytes: the daemon's, the job's, ours."""
+    env = {name: value for name, value in os.environb.items()
+           if not name.startswith((b"LISTEN_", b"WATCHDOG_")) and name != b"NOTIFY_SOCKET"}
+    for name, value in order["env"].items():
+        env[name.encode()] = value.encode()
+    env[b"QUEUECTL_JOB_ID"] = order["id"].encode()
+    env[b"QUEUECTL_ATTEMPT"] = str(order["attempt"]).encode()
+    return env
+
+
 class Worker:
     """The loop of one worker. `sock`: to the daemon; `slot_fd`: its file, locked."""
 
@@ -1872,35 +1884,6 @@ class Worker:
         os.pwrite(self.slot_fd, pad(record, RECORD_BYTES), 0)
 
 
-def job_environment(order):
-    """What a command finds in its environment, as bytes: the daemon's, the job's, ours."""
-    env = {name: value for name, value in os.environb.items()
-           if not name.startswith((b"LISTEN_", b"WATCHDOG_")) and name != b"NOTIFY_SOCKET"}
-    for name, value in order["env"].items():
-        env[name.encode()] = value.encode()
-    env[b"QUEUECTL_JOB_ID"] = order["id"].encode()
-    env[b"QUEUECTL_ATTEMPT"] = str(order["attempt"]).encode()
-    return env
-
-
-def worker_main(sock, slot_fd, spool, open_files):
-    """The whole life of a worker process. `open_files`: the limit that jobs get back."""
-    code = 1
-    try:
-        import gc
-        gc.disable()  # a collected database connection would close descriptors used again
-        close_other_descriptors({0, 1, 2, sock.fileno(), slot_fd})
-        default_signals()
-        set_open_files(open_files)
-        Worker(sock, slot_fd, spool).run()
-        code = 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    finally:
-        os._exit(code)  # nothing of the daemon's may be flushed, closed or finalized here
-
-
 def close_other_descriptors(keep):
     """A copy of another worker's socket, of the lock or of a connection would hide its end."""
     try:
@@ -1934,6 +1917,24 @@ def set_open_files(limit=None):
     return soft
 
 
+def worker_main(sock, slot_fd, spool, open_files):
+    """The whole life of a worker process. `open_files`: the limit that jobs get back."""
+    code = 1
+    try:
+        import gc
+        gc.disable()  # a collected database connection would close descriptors used again
+        close_other_descriptors({0, 1, 2, sock.fileno(), slot_fd})
+        default_signals()
+        set_open_files(open_files)
+        Worker(sock, slot_fd, spool).run()
+        code = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # nothing of the daemon's may be flushed, closed or finalized here
+
+
 # ---- Pool ---------------------------------------------------------------------------------------
 # The daemon's side of the workers, in the daemon's process: as many as wanted, their jobs, what
 # became of these, and of those whose worker is gone. It knows no SQL.
@@ -1962,6 +1963,18 @@ class Orphan:
         self.since = since      # monotonic
         self.kill_at = None     # monotonic: SIGKILL, once it is being stopped
         self.lives = True       # its worker, another daemon's child, still works at it
+
+
+def orphan_result(claim, verdict, record, spool, limit):
+    """The Result for what `settle` says of an attempt whose worker is gone."""
+    output, cut = spool.tail(claim.serial, limit)
+    dropped = record.get("dropped", 0) + cut
+    if verdict == "take":
+        outcome = Outcome(record.get("status"), record.get("reason", ""),
+                          record.get("detail", ""), dropped, record.get("at"))
+    else:
+        outcome = Outcome(None, "unstarted" if verdict == "give back" else "lost", "", dropped, None)
+    return Result(claim, outcome, output, None)
 
 
 class Pool:
@@ -2156,18 +2169,6 @@ class Pool:
                 self.idle[hand.slot] = hand
 
 
-def orphan_result(claim, verdict, record, spool, limit):
-    """The Result for what `settle` says of an attempt whose worker is gone."""
-    output, cut = spool.tail(claim.serial, limit)
-    dropped = record.get("dropped", 0) + cut
-    if verdict == "take":
-        outcome = Outcome(record.get("status"), record.get("reason", ""),
-                          record.get("detail", ""), dropped, record.get("at"))
-    else:
-        outcome = Outcome(None, "unstarted" if verdict == "give back" else "lost", "", dropped, None)
-    return Result(claim, outcome, output, None)
-
-
 # ---- Operations ---------------------------------------------------------------------------------
 # What a request does, the same with and without the daemon: plain values in, an answer out.
 # An operation that writes runs inside a transaction.
@@ -2175,14 +2176,14 @@ def orphan_result(claim, verdict, record, spool, limit):
 # store; now: ms; daemon: None without one
 Context = collections.namedtuple("Context", "store now daemon")
 
-# names: of its arguments; main: the one a bare `value` stands for; needs_daemon: what it says
-Operation = collections.namedtuple("Operation", "function names main writes needs_daemon")
+# names: of its arguments; bare: the one that a `value` without a flag stands for; needs_daemon: what it says
+Operation = collections.namedtuple("Operation", "function names bare writes needs_daemon")
 OPERATIONS = {}  # (command, option) -> Operation
 
 
-def operation(command, option=None, *, names=(), main=None, writes=False, needs_daemon=False):
+def operation(command, option=None, *, names=(), bare=None, writes=False, needs_daemon=False):
     def register(function):
-        OPERATIONS[command, option] = Operation(function, names, main, writes, needs_daemon)
+        OPERATIONS[command, option] = Operation(function, names, bare, writes, needs_daemon)
         return function
     return register
 
@@ -2209,7 +2210,7 @@ def resolve(request):
     elif isinstance(value, dict):
         arguments = value
     else:
-        arguments = {} if value is None else {found.main: value}
+        arguments = {} if value is None else {found.bare: value}
     for name in arguments:
         if name not in found.names:
             raise Failure("%s takes no argument %s" % (command, safe(str(name)[:80])))
@@ -2245,7 +2246,12 @@ def check_state(state):
         raise BadField("state", str(error))
 
 
-@operation("enqueue", names=("job", "cwd"), main="job", writes=True)
+def refuse_taken(store, job_id):
+    if store.has(job_id):
+        raise Failure("job id %s is taken; choose another, or leave it out" % safe(job_id))
+
+
+@operation("enqueue", names=("job", "cwd"), bare="job", writes=True)
 def op_enqueue(context, job=None, cwd=None):
     """Store one job, given as JSON text or as an object."""
     store, now = context.store, context.now
@@ -2259,12 +2265,7 @@ def op_enqueue(context, job=None, cwd=None):
     return reply("Job enqueued", id=new.id)
 
 
-def refuse_taken(store, job_id):
-    if store.has(job_id):
-        raise Failure("job id %s is taken; choose another, or leave it out" % safe(job_id))
-
-
-@operation("enqueue", "batch", names=("jobs", "cwd"), main="jobs", writes=True)
+@operation("enqueue", "batch", names=("jobs", "cwd"), bare="jobs", writes=True)
 def op_enqueue_batch(context, jobs=(), cwd=None):
     """Store all of the jobs, or none; a Failure's `index` tells which one is wrong."""
     store, now = context.store, context.now
@@ -2298,7 +2299,7 @@ def op_status(context):
     return reply({"jobs": context.store.counts(), "workers": daemon.pool.count() if daemon else 0})
 
 
-@operation("list", names=("state", "after", "limit"), main="state")
+@operation("list", names=("state", "after", "limit"), bare="state")
 def op_list(context, state=None, after=0, limit=PAGE_JOBS):
     """A page of jobs, oldest first, beyond `after`; `next` is what comes after, None at the end."""
     state = check_state(state)
@@ -2323,7 +2324,7 @@ def op_dlq_list(context, after=0, limit=PAGE_JOBS):
     return op_list(context, "dead", after, limit)
 
 
-@operation("dlq", "retry", names=("ids",), main="ids", writes=True)
+@operation("dlq", "retry", names=("ids",), bare="ids", writes=True)
 def op_dlq_retry(context, ids=()):
     """Queue dead jobs again; all of them or none."""
     store = context.store
@@ -2352,7 +2353,7 @@ def op_config_set(context, key=None, value=None):
     return reply("Updated %s to %s" % (key, safe(text)))
 
 
-@operation("config", "get", names=("key",), main="key")
+@operation("config", "get", names=("key",), bare="key")
 def op_config_get(context, key=None):
     if key not in SETTINGS:
         read_setting(key, "")
@@ -2379,7 +2380,7 @@ def op_metrics(context):
         "jobs_died": totals["dead"], "workers_running": daemon.pool.count() if daemon else 0})
 
 
-@operation("worker", "start", names=("count",), main="count", writes=True, needs_daemon=True)
+@operation("worker", "start", names=("count",), bare="count", writes=True, needs_daemon=True)
 def op_worker_start(context, count=1):
     count = given_count(count)
     wanted = count + context.store.wanted()
@@ -2395,7 +2396,7 @@ def op_worker_stop(context):
     return reply("Stopped workers")
 
 
-@operation("daemon", "stop", names=("grace",), main="grace", needs_daemon=True)
+@operation("daemon", "stop", names=("grace",), bare="grace", needs_daemon=True)
 def op_daemon_stop(context, grace=None):
     """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
     if grace is not None:
@@ -2637,6 +2638,17 @@ class Log:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(line)
             sys.stderr.flush()
+
+
+def open_store(db, known, wait_s=REACH_S):
+    """The Store, waiting while another program has the database locked."""
+    deadline = monotonic() + wait_s
+    while True:
+        try:
+            return Store(db, known)
+        except Busy:
+            if monotonic() > deadline:
+                raise
 
 
 class Daemon:
@@ -3076,17 +3088,6 @@ class Daemon:
             self.on_input(channel)
 
 
-def open_store(db, known, wait_s=REACH_S):
-    """The Store, waiting while another program has the database locked."""
-    deadline = monotonic() + wait_s
-    while True:
-        try:
-            return Store(db, known)
-        except Busy:
-            if monotonic() > deadline:
-                raise
-
-
 # ---- Client -------------------------------------------------------------------------------------
 # Where a command finds its queue, and how it has its request done: by whoever holds the lock, or,
 # if nobody does, here.
@@ -3099,6 +3100,17 @@ class Unreachable(Failure):
     """Nobody answers now; asking again may help, and repeats nothing that was done."""
 
 
+def default_db():
+    """Beside this file if the directory is ours alone and no bin, else where state is kept."""
+    folder = os.path.dirname(os.path.realpath(__file__))
+    status = os.stat(folder)
+    ours = status.st_uid == os.geteuid() and not others_can_write(status)
+    if not ours or os.path.basename(folder) in ("bin", "sbin"):
+        folder = ("/var/lib/queuectl" if os.geteuid() == 0
+                  else os.path.expanduser("~/.local/state/queuectl"))
+    return os.path.join(folder, "queuectl.db")
+
+
 def locate(db, sock, environ):
     """The Place that flags and environment name. An empty variable counts as unset."""
     db = db or environ.get("DB_PATH") or None
@@ -3109,17 +3121,6 @@ def locate(db, sock, environ):
         raise Failure("%s is no file for a database; give another --db" % safe(place.db))
     check_socket_path(place.socket)
     return place
-
-
-def default_db():
-    """Beside this file if the directory is ours alone and no bin, else where state is kept."""
-    folder = os.path.dirname(os.path.realpath(__file__))
-    status = os.stat(folder)
-    ours = status.st_uid == os.geteuid() and not others_can_write(status)
-    if not ours or os.path.basename(folder) in ("bin", "sbin"):
-        folder = ("/var/lib/queuectl" if os.geteuid() == 0
-                  else os.path.expanduser("~/.local/state/queuectl"))
-    return os.path.join(folder, "queuectl.db")
 
 
 def make_default_folder(place):
@@ -3155,6 +3156,18 @@ def ask(path, request, patience=ANSWER_S):
         except OSError as error:
             raise Unreachable("nobody answers at %s: %s" % (safe(path), error.strerror or error))
     return json.loads(data.decode())
+
+
+class NobodyThere(Failure):
+    """Only a socket was given, and no daemon listens there."""
+
+    def __init__(self, path):
+        super().__init__("no daemon at %s; name the queue with --db" % safe(path))
+
+
+def shell_quote(text):
+    import shlex
+    return shlex.quote(text)
 
 
 class Queue:
@@ -3296,18 +3309,6 @@ class Queue:
                           % (safe(self.place.db), hint))
 
 
-class NobodyThere(Failure):
-    """Only a socket was given, and no daemon listens there."""
-
-    def __init__(self, path):
-        super().__init__("no daemon at %s; name the queue with --db" % safe(path))
-
-
-def shell_quote(text):
-    import shlex
-    return shlex.quote(text)
-
-
 def start_in_background(place, workers):
     """Start a daemon with `workers` wanted, in a session of its own; returns once it is ready."""
     import subprocess
@@ -3355,7 +3356,7 @@ def printed(text, end="\n", stream=None):
     stream.flush()
 
 
-def note(line):
+def tell(line):
     printed(line, stream=sys.stderr)
 
 
@@ -3369,7 +3370,7 @@ def arg(*names, **options):
     return names, options
 
 
-def command(name, *arguments, examples=()):
+def subcommand(name, *arguments, examples=()):
     def register(function):
         COMMANDS[name] = (function, arguments, examples)
         return function
@@ -3390,25 +3391,7 @@ def count_flag(text):
         raise argparse.ArgumentTypeError(str(error))
 
 
-@command("enqueue", arg("job", help="the job as JSON, or - for a job a line from stdin"),
-         arg("-q", "--quiet", action="store_true", help="print ids only"),
-         examples=("""enqueue '{"id":"hello","command":"echo Hello World"}'""",
-                   "enqueue - <jobs.jsonl"))
-def cmd_enqueue(queue, args):
-    """Store a job. Fields: command (required), id, priority, run_after, timeout, max_retries,
-    cwd, env, unique. It is on disk when this returns."""
-    if args.job == "-":
-        return enqueue_lines(queue, args)
-    answer = queue.call("enqueue", job=args.job, cwd=here())
-    if args.quiet:
-        printed(answer["id"])
-        return
-    printed(compact({"success": True, "message": answer["message"], "id": answer["id"]}))
-    note("id: %s" % safe(answer["id"]))
-    note("command: %s" % safe(decode_json(args.job, "the job")["command"]))
-
-
-def here():
+def working_directory():
     """The directory a job runs in unless it says so itself."""
     try:
         path = os.getcwd()
@@ -3416,33 +3399,6 @@ def here():
         return path
     except (OSError, UnicodeEncodeError):
         return None
-
-
-def enqueue_lines(queue, args):
-    """JSON Lines from stdin, in batches that are each stored whole or not at all."""
-    stored = held = last = 0
-    progress = sys.stderr.isatty()
-    for lines in batches(sys.stdin.buffer):
-        try:
-            jobs = [parse_line(number, line) for number, line in lines]
-            answer = queue.call("enqueue", "batch", jobs=jobs, cwd=here())
-        except Failure as error:
-            number = error.details.get("line") or lines[error.details.get("index", 0)][0]
-            raise Failure("line %d: %s; %s" % (
-                number, error, "lines 1 to %d are stored" % last if last else "nothing is stored"))
-        last = lines[-1][0]
-        count = int(answer["message"].split()[1])
-        stored, held = stored + count, held + len(jobs) - count
-        queue.note = lambda line: None  # once is enough
-        if args.quiet:
-            printed("\n".join(answer["ids"]))
-        if progress:
-            printed("\r%d stored" % stored, end="", stream=sys.stderr)
-    if progress:
-        note("")
-    if not args.quiet:
-        printed(compact({"success": True, "message": "Enqueued %s" % plural(stored, "job"),
-                         "already_queued": held}))
 
 
 def batches(stream):
@@ -3469,7 +3425,52 @@ def parse_line(number, line):
         raise Failure(str(error), line=number)
 
 
-@command("daemon", arg("--workers", type=count_flag, metavar="N", help="workers wanted from now on"),
+def enqueue_lines(queue, args):
+    """JSON Lines from stdin, in batches that are each stored whole or not at all."""
+    stored = held = last = 0
+    progress = sys.stderr.isatty()
+    for lines in batches(sys.stdin.buffer):
+        try:
+            jobs = [parse_line(number, line) for number, line in lines]
+            answer = queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory())
+        except Failure as error:
+            number = error.details.get("line") or lines[error.details.get("index", 0)][0]
+            raise Failure("line %d: %s; %s" % (
+                number, error, "lines 1 to %d are stored" % last if last else "nothing is stored"))
+        last = lines[-1][0]
+        count = int(answer["message"].split()[1])
+        stored, held = stored + count, held + len(jobs) - count
+        queue.note = lambda line: None  # once is enough
+        if args.quiet:
+            printed("\n".join(answer["ids"]))
+        if progress:
+            printed("\r%d stored" % stored, end="", stream=sys.stderr)
+    if progress:
+        tell("")
+    if not args.quiet:
+        printed(compact({"success": True, "message": "Enqueued %s" % plural(stored, "job"),
+                         "already_queued": held}))
+
+
+@subcommand("enqueue", arg("job", help="the job as JSON, or - for a job a line from stdin"),
+         arg("-q", "--quiet", action="store_true", help="print ids only"),
+         examples=("""enqueue '{"id":"hello","command":"echo Hello World"}'""",
+                   "enqueue - <jobs.jsonl"))
+def cmd_enqueue(queue, args):
+    """Store a job. Fields: command (required), id, priority, run_after, timeout, max_retries,
+    cwd, env, unique. It is on disk when this returns."""
+    if args.job == "-":
+        return enqueue_lines(queue, args)
+    answer = queue.call("enqueue", job=args.job, cwd=working_directory())
+    if args.quiet:
+        printed(answer["id"])
+        return
+    printed(compact({"success": True, "message": answer["message"], "id": answer["id"]}))
+    tell("id: %s" % safe(answer["id"]))
+    tell("command: %s" % safe(decode_json(args.job, "the job")["command"]))
+
+
+@subcommand("daemon", arg("--workers", type=count_flag, metavar="N", help="workers wanted from now on"),
          arg("--grace", type=duration_flag, metavar="DUR",
              help="how long a stop waits for running jobs, like 30s (default: as long as it takes)"),
          arg("--detach", action="store_true", help="run in the background"),
@@ -3480,7 +3481,7 @@ def cmd_daemon(queue, args):
     place = queue.place
     make_default_folder(place)
     if args.detach:
-        note(start_in_background(place, args.workers))
+        tell(start_in_background(place, args.workers))
         return None
     grace = None if args.grace is None else args.grace / 1000.0
     daemon = Daemon(place.db, place.socket, sock_given=place.socket_given, workers=args.workers,
@@ -3488,7 +3489,7 @@ def cmd_daemon(queue, args):
     return daemon.run(printed)
 
 
-@command("daemon stop", arg("--grace", type=duration_flag, metavar="DUR",
+@subcommand("daemon stop", arg("--grace", type=duration_flag, metavar="DUR",
                             help="stop jobs that still run after it"),
          examples=("daemon stop", "daemon stop --grace 30s"))
 def cmd_daemon_stop(queue, args):
@@ -3498,19 +3499,23 @@ def cmd_daemon_stop(queue, args):
     said = monotonic() + 1
     while started and process_start(pid) == started:
         if said and monotonic() > said:
-            note("waiting for running jobs; Ctrl-C ends only the waiting")
+            tell("waiting for running jobs; Ctrl-C ends only the waiting")
             said = None
         time.sleep(0.02)
     printed(compact(reply("Stopped daemon")))
 
 
-@command("daemon status", examples=("daemon status", "--db /srv/q.db daemon status"))
+@subcommand("daemon status", examples=("daemon status", "--db /srv/q.db daemon status"))
 def cmd_daemon_status(queue, args):
     """Show the daemon's pid, version, paths and workers."""
     printed(indented(queue.call("daemon", "status")["message"]))
 
 
-@command("worker start", arg("--count", type=count_flag, default=1, metavar="N",
+def without_id(answer):
+    return {"success": True, "message": answer["message"]}
+
+
+@subcommand("worker start", arg("--count", type=count_flag, default=1, metavar="N",
                              help="how many (default 1)"),
          examples=("worker start", "worker start --count 3"))
 def cmd_worker_start(queue, args):
@@ -3522,7 +3527,7 @@ def cmd_worker_start(queue, args):
         except (NoDaemon, NobodyThere):
             make_default_folder(queue.place)
         try:
-            note(start_in_background(queue.place, args.count))
+            tell(start_in_background(queue.place, args.count))
             printed(compact(reply("Started %s" % plural(args.count, "worker"))))
             return
         except Failure as error:
@@ -3530,42 +3535,19 @@ def cmd_worker_start(queue, args):
                 raise
 
 
-def without_id(answer):
-    return {"success": True, "message": answer["message"]}
-
-
-@command("worker stop", examples=("worker stop", "--db /srv/q.db worker stop"))
+@subcommand("worker stop", examples=("worker stop", "--db /srv/q.db worker stop"))
 def cmd_worker_stop(queue, args):
     """End each worker after its current job; none is wanted any more."""
     printed(compact(without_id(queue.call("worker", "stop"))))
 
 
-@command("status", examples=("status", "status | grep pending"))
+@subcommand("status", examples=("status", "status | grep pending"))
 def cmd_status(queue, args):
     """Show the number of jobs in each state, and of workers."""
     printed(indented(queue.call("status")["message"]))
 
 
-@command("list", arg("--state", choices=STATES, metavar="S", help="only " + ", ".join(STATES)),
-         examples=("list", "list --state completed"))
-def cmd_list(queue, args):
-    """Show jobs, oldest first."""
-    print_jobs(queue, "list", None, state=args.state)
-
-
-@command("dlq list", examples=("dlq list", "dlq list | grep error"))
-def cmd_dlq_list(queue, args):
-    """Show the dead jobs."""
-    print_jobs(queue, "dlq", "list")
-
-
-def print_jobs(queue, name, option, **filters):
-    for text in job_lines(pages(queue, name, option, filters)):
-        sys.stdout.write(text)
-    printed("")
-
-
-def pages(queue, name, option, filters):
+def job_pages(queue, name, option, filters):
     """The jobs of a long answer, page by page."""
     after = 0
     while after is not None:
@@ -3575,34 +3557,53 @@ def pages(queue, name, option, filters):
         queue.note = lambda line: None  # once is enough
 
 
-@command("dlq retry", arg("ids", nargs="+", metavar="ID", help="a dead job"),
+def print_jobs(queue, name, option, **filters):
+    for text in job_lines(job_pages(queue, name, option, filters)):
+        sys.stdout.write(text)
+    printed("")
+
+
+@subcommand("list", arg("--state", choices=STATES, metavar="S", help="only " + ", ".join(STATES)),
+         examples=("list", "list --state completed"))
+def cmd_list(queue, args):
+    """Show jobs, oldest first."""
+    print_jobs(queue, "list", None, state=args.state)
+
+
+@subcommand("dlq list", examples=("dlq list", "dlq list | grep error"))
+def cmd_dlq_list(queue, args):
+    """Show the dead jobs."""
+    print_jobs(queue, "dlq", "list")
+
+
+@subcommand("dlq retry", arg("ids", nargs="+", metavar="ID", help="a dead job"),
          examples=("dlq retry hello", "dlq retry job-1 job-2"))
 def cmd_dlq_retry(queue, args):
     """Queue dead jobs again, their attempts back at 0."""
     printed(compact(without_id(queue.call("dlq", "retry", ids=args.ids))))
 
 
-@command("config set", arg("key", help=", ".join(SETTINGS)), arg("value"),
+@subcommand("config set", arg("key", help=", ".join(SETTINGS)), arg("value"),
          examples=("config set max-retries 5", "config set timeout 10m"))
 def cmd_config_set(queue, args):
     """Change a setting. Times are milliseconds, or like 90s, 5m, 2h, 1d."""
     printed(compact(without_id(queue.call("config", "set", key=args.key, value=args.value))))
 
 
-@command("config get", arg("key", help=", ".join(SETTINGS)),
+@subcommand("config get", arg("key", help=", ".join(SETTINGS)),
          examples=("config get max-retries", "config get backoff"))
 def cmd_config_get(queue, args):
     """Show a setting."""
     printed(compact(queue.call("config", "get", key=args.key)["message"]))
 
 
-@command("config list", examples=("config list", "config list | grep timeout"))
+@subcommand("config list", examples=("config list", "config list | grep timeout"))
 def cmd_config_list(queue, args):
     """Show all settings."""
     printed(indented(queue.call("config", "list")["message"]))
 
 
-@command("metrics", examples=("metrics", "metrics | grep average_runtime"))
+@subcommand("metrics", examples=("metrics", "metrics | grep average_runtime"))
 def cmd_metrics(queue, args):
     """Show counters and run times."""
     printed(indented(queue.call("metrics")["message"]))
@@ -3639,6 +3640,17 @@ def overview(prefix=""):
                                      if name.startswith(prefix))
 
 
+def parse_group(name, rest):
+    """`queuectl dlq` alone: its help, or what is known instead."""
+    known = [full for full in COMMANDS if full.startswith(name + " ")]
+    if known and set(rest) & {"-h", "--help"}:
+        examples = [example for full in known for example in COMMANDS[full][2][:1]]
+        new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
+            "  queuectl " + example for example in examples)).parse_args(["--help"])
+    raise Usage("unknown command %s; known are %s" % (
+        safe(" ".join([name] + rest[:1])), ", ".join(known or COMMANDS)))
+
+
 def parse(argv):
     """(function, arguments) of a command line. Only the parser that is needed is made."""
     top = new_parser("queuectl", description=__doc__.partition("\n\n")[0], epilog=overview()
@@ -3660,17 +3672,6 @@ def parse(argv):
     for names, options in arguments:
         parser.add_argument(*names, **options)
     return function, parser.parse_args(args.words[len(name.split()):], namespace=args)
-
-
-def parse_group(name, rest):
-    """`queuectl dlq` alone: its help, or what is known instead."""
-    known = [full for full in COMMANDS if full.startswith(name + " ")]
-    if known and set(rest) & {"-h", "--help"}:
-        examples = [example for full in known for example in COMMANDS[full][2][:1]]
-        new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
-            "  queuectl " + example for example in examples)).parse_args(["--help"])
-    raise Usage("unknown command %s; known are %s" % (
-        safe(" ".join([name] + rest[:1])), ", ".join(known or COMMANDS)))
 
 
 def prepare_stdio():
@@ -3704,18 +3705,18 @@ def main(argv):
     try:
         function, args = parse([utf8(argument) for argument in argv])
         place = locate(getattr(args, "db", None), getattr(args, "socket", None), os.environ)
-        return function(Queue(place, note), args) or 0
+        return function(Queue(place, tell), args) or 0
     except Failure as error:
-        note(compact({"success": False, "message": "Error: %s" % error}))
+        tell(compact({"success": False, "message": "Error: %s" % error}))
         return error.exit_code
     except KeyboardInterrupt:
-        note("interrupted")
+        tell("interrupted")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at exit
         return 1
     except OSError as error:
-        note(compact({"success": False, "message": "Error: %s" % safe(str(error))}))
+        tell(compact({"success": False, "message": "Error: %s" % safe(str(error))}))
         return 1
 
 

@@ -1,0 +1,104 @@
+# queuectl.py is the whole program: nothing is built, nothing is downloaded.
+
+PYTHON ?= python3
+PREFIX ?= /usr/local
+BIN = $(DESTDIR)$(PREFIX)/bin
+T =
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+# A queue of its own in a new directory. `show` prints a command as one would type it and runs it;
+# `until_state` watches a job. However it ends, the daemon is stopped and the directory removed.
+demo: ## a job that succeeds, one that fails, is retried, dies and is brought back (in seconds)
+	@set -eu; \
+	python=$$($(PYTHON) -c 'import sys; print(sys.executable)'); program=$$(pwd)/queuectl.py; \
+	dir=$$(mktemp -d "$${TMPDIR:-/tmp}/queuectl.XXXXXX"); \
+	started=; \
+	clean_up() { \
+	    trap '' HUP INT PIPE TERM; trap - EXIT; set +e; \
+	    for try in $$started; do \
+	        queuectl daemon stop --grace 0s >/dev/null 2>&1 && break; \
+	        sleep 1; \
+	    done; \
+	    cd /; rm -rf "$$dir"; \
+	    exit $$1; \
+	}; \
+	trap 'clean_up $$?' EXIT; \
+	trap 'clean_up 129' HUP; trap 'clean_up 130' INT; \
+	trap 'clean_up 141' PIPE; trap 'clean_up 143' TERM; \
+	DB_PATH=$$dir/demo.db; SOCKET_PATH=$$dir/demo.sock; export DB_PATH SOCKET_PATH; \
+	cd "$$dir"; \
+	give_up_at=$$(($$(date +%s) + 12)); \
+	queuectl() { "$$python" "$$program" "$$@"; }; \
+	show() { \
+	    typed=; \
+	    for word in "$$@"; do \
+	        case $$word in *[!A-Za-z0-9./_-]*) word="'$$word'" ;; esac; \
+	        typed="$$typed $$word"; \
+	    done; \
+	    printf '$$%s\n' "$$typed"; "$$@"; printf '\n'; \
+	}; \
+	until_state() { \
+	    seen=; \
+	    while [ "$$seen" != "$$2" ]; do \
+	        state=$$(queuectl list | \
+	            sed -n '/"id": "'"$$1"'",/,/"state"/s/.*"state": "\(.*\)".*/\1/p'); \
+	        [ "$$state" = "$$seen" ] || printf '  # %s is %s\n' "$$1" "$$state"; \
+	        seen=$$state; \
+	        if [ "$$(date +%s)" -gt "$$give_up_at" ]; then \
+	            printf 'demo: %s is not %s in time\n' "$$1" "$$2" >&2; exit 1; \
+	        fi; \
+	        sleep 0.1; \
+	    done; \
+	    printf '\n'; \
+	}; \
+	show queuectl config set max-retries 2; \
+	show queuectl config set delay-base 1000; \
+	started='1 2 3'; \
+	show queuectl worker start --count 2; \
+	show queuectl enqueue '{"id":"hello","command":"echo Hello World >hello.txt"}'; \
+	until_state hello completed; \
+	show cat hello.txt; \
+	show queuectl enqueue '{"id":"report","command":"wc -l <orders.csv >report.txt"}'; \
+	until_state report dead; \
+	show queuectl dlq list; \
+	show sh -c 'echo apples >orders.csv'; \
+	show queuectl dlq retry report; \
+	until_state report completed; \
+	show cat report.txt; \
+	show queuectl status; \
+	show queuectl daemon stop; \
+	started=
+
+test: ## the tests; T=StoreTest, or T=StoreTest.test_name, picks some
+	@set --; for name in $(T); do set -- "$$@" "test_queuectl.$$name"; done; \
+	if [ $$# -gt 0 ]; then exec $(PYTHON) -m unittest "$$@"; else exec $(PYTHON) test_queuectl.py; fi
+
+test-all: ## the tests on every python3.6 to python3.14 of the PATH
+	@passed= failed=; \
+	for minor in 6 7 8 9 10 11 12 13 14; do \
+	    python=python3.$$minor; \
+	    path=$$(command -v $$python) || continue; \
+	    if ! $$python -c 'import sqlite3' >/dev/null 2>&1; then \
+	        printf '\n== %s: %s does not run, or lacks sqlite3: skipped\n' $$python "$$path"; \
+	        continue; \
+	    fi; \
+	    printf '\n== %s: %s\n' $$python "$$path"; \
+	    if $$python test_queuectl.py; then passed="$$passed $$python"; \
+	    else failed="$$failed $$python"; fi; \
+	done; \
+	printf '\npassed:%s\nfailed:%s\n' "$${passed:- none}" "$${failed:- none}"; \
+	[ -n "$$passed" ] && [ -z "$$failed" ]
+
+install: ## one file, as `queuectl`, to $(DESTDIR)$(PREFIX)/bin
+	mkdir -p "$(BIN)"
+	install -m 755 queuectl.py "$(BIN)/queuectl"
+
+uninstall: ## remove that file; queues stay
+	rm -f "$(BIN)/queuectl"
+
+clean: ## remove what Python left here; queues stay
+	rm -rf __pycache__
+
+.PHONY: help demo test test-all install uninstall clean
