@@ -17,7 +17,7 @@ demo: ## a job that succeeds, one that fails, is retried, dies and is brought ba
 	started=; \
 	clean_up() { \
 	    trap '' HUP INT PIPE TERM; trap - EXIT; set +e; \
-	    for try in $$started; do \
+	    for attempt in $$started; do \
 	        queuectl daemon stop --grace 0s >/dev/null 2>&1 && break; \
 	        sleep 1; \
 	    done; \
@@ -55,7 +55,7 @@ demo: ## a job that succeeds, one that fails, is retried, dies and is brought ba
 	}; \
 	show queuectl config set max-retries 2; \
 	show queuectl config set delay-base 1000; \
-	started='1 2 3'; \
+	started='1 2'; \
 	show queuectl worker start --count 2; \
 	show queuectl enqueue '{"id":"hello","command":"echo Hello World >hello.txt"}'; \
 	until_state hello completed; \

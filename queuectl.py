@@ -1775,10 +1775,15 @@ def peer_uid(sock):
 # come down its socket, a doorbell byte goes up, all else stands in its file. Without the daemon
 # it finishes its job, notes the outcome and leaves.
 
-def job_environment(order):
-    """What a command finds in its environment, as bytes: the daemon's, the job's, ours."""
-    env = {name: value for name, value in os.environb.items()
-           if not name.startswith((b"LISTEN_", b"WATCHDOG_")) and name != b"NOTIFY_SOCKET"}
+def inherited_environment():
+    """The daemon's environment as bytes, less what its service manager meant for it alone."""
+    return {name: value for name, value in os.environb.items()
+            if not name.startswith((b"LISTEN_", b"WATCHDOG_")) and name != b"NOTIFY_SOCKET"}
+
+
+def job_environment(inherited, order):
+    """What a command finds in its environment: the daemon's, the job's, ours."""
+    env = dict(inherited)
     for name, value in order["env"].items():
         env[name.encode()] = value.encode()
     env[b"QUEUECTL_JOB_ID"] = order["id"].encode()
@@ -1796,7 +1801,9 @@ class Worker:
         self.spool = spool
         self.inbox = bytearray()
         self.attempt = None
+        self.hearing = None      # the output that is polled
         self.leaving = False     # the daemon wants no more of it, or is gone
+        self.env = inherited_environment()
         self.wake, wake_fd = os.pipe()
         for fd in (self.wake, wake_fd):
             os.set_blocking(fd, False)
@@ -1815,8 +1822,8 @@ class Worker:
         """Wait for whatever comes first, and pass it on."""
         ready = [fd for fd, _ in self.poll.poll(self.timeout_ms())]
         attempt = self.attempt
-        if attempt and attempt.output in ready:
-            self.hear(attempt)
+        if self.hearing in ready and attempt.output is not None:
+            attempt.on_output()
         if self.wake in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.wake, 512)
@@ -1829,17 +1836,23 @@ class Worker:
             attempt.on_deadline(now)
         if attempt and attempt.over:
             self.report()
+        self.hear()
 
     def timeout_ms(self):
         if self.attempt is None or self.attempt.deadline is None:
             return None
         return max(int((self.attempt.deadline - monotonic()) * 1000) + 1, 0)
 
-    def hear(self, attempt):
-        fd = attempt.output
-        attempt.on_output()
-        if attempt.output is None:
-            self.poll.unregister(fd)
+    def hear(self):
+        """Poll the output of the present attempt: a closed descriptor left in the set would be
+        "ready" for ever."""
+        wanted = self.attempt.output if self.attempt else None
+        if wanted != self.hearing:
+            if self.hearing is not None:
+                self.poll.unregister(self.hearing)
+            if wanted is not None:
+                self.poll.register(wanted, self.readable)
+            self.hearing = wanted
 
     def on_daemon(self):
         """Orders, stops, or the end of the connection."""
@@ -1868,10 +1881,8 @@ class Worker:
                 self.attempt.on_message(message["reason"], now)
             return
         attempt = self.attempt = Attempt(message, self.spool.run(message["serial"]), self.note)
-        message["env"] = job_environment(message)
+        message["env"] = job_environment(self.env, message)
         attempt.start(now)
-        if attempt.output is not None:
-            self.poll.register(attempt.output, self.readable)
         attempt.on_child(now)  # it may have ended before its pid was known
 
     def report(self):

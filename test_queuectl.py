@@ -480,7 +480,9 @@ class DaemonTest(QueueCase):
     def test_an_idle_queue_wakes_about_once_a_second(self):
         daemon = self.daemon("--workers", "2")
         pids = [daemon.pid] + self.workers_of(daemon)
-        wait_until(lambda: self.ok("status")["workers"] == 2, "the workers are there")
+        for _ in range(4):
+            self.enqueue("sleep 0.1; echo idle")
+        self.wait_for("completed", 4)
 
         def switches():
             total = []
