@@ -71,7 +71,7 @@ demo: ## a job that succeeds, one that fails, is retried, dies and is brought ba
 	show queuectl daemon stop; \
 	started=
 
-test: ## the tests; T=StoreTest, or T=StoreTest.test_name, picks some
+test: ## the tests; T=DaemonTest, or T=DaemonTest.test_name, picks some
 	@set --; for name in $(T); do set -- "$$@" "test_queuectl.$$name"; done; \
 	if [ $$# -gt 0 ]; then exec $(PYTHON) -m unittest "$$@"; else exec $(PYTHON) test_queuectl.py; fi
 

@@ -776,7 +776,7 @@ MIGRATIONS = (
      "CREATE INDEX jobs_ready ON jobs (ready, priority DESC)",
      "CREATE INDEX jobs_due ON jobs (due)",
      "CREATE INDEX jobs_state ON jobs (state)",
-     "CREATE INDEX jobs_finished ON jobs (finished_at)",
+     "CREATE INDEX jobs_finished ON jobs (state, finished_at)",
      # The open attempts. That `job` is unique here is promise 2: no job runs twice at once.
      """CREATE TABLE running (
             serial INTEGER PRIMARY KEY,
@@ -1650,12 +1650,15 @@ class Channel:
         self.open = True
         self.ended = False            # the other side sends no more
         self.busy = False             # a request of it is being worked on
+        self.taking = False           # its inbox is being looked at
         self.active_at = monotonic()
         loop.add(sock, self.on_event)
 
     def on_event(self, events):
         if events & self.loop.write:
             self.flush()
+            if self.open and self.inbox:
+                self.on_input(self)
         if self.open and events & self.loop.read:
             self.receive()
 
@@ -1709,7 +1712,7 @@ class Channel:
         elif self.outbox:
             with contextlib.suppress(KeyError):  # already there
                 self.loop.selector.register(self.sock, self.loop.write, self.on_event)
-        elif not self.busy:
+        elif not self.busy and not self.pages:
             self.close()
 
     def close(self):
@@ -1753,6 +1756,14 @@ def parse_request(data):
 
 def encode(answer):
     return compact(answer).encode() + b"\n"
+
+
+def encode_request(request):
+    """As UTF-8: escapes could make it three times as long. Lone surrogates have to be escaped."""
+    try:
+        return json.dumps(request, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return encode(request)
 
 
 def error_answer(error):
@@ -2088,6 +2099,8 @@ class Pool:
         hand = self.idle.pop(claim.slot)
         hand.claim, hand.since = claim, monotonic()
         hand.channel.send(encode(order))
+        if not hand.channel.open:
+            self.on_death(hand, None)
 
     def on_bell(self, hand, channel):
         channel.inbox.clear()
@@ -2163,6 +2176,11 @@ class Pool:
         elif now >= orphan.kill_at:
             orphan.kill_at = now + GRACE_S
             signal_command(leader(record), self.spool.run(orphan.claim.serial), signal.SIGKILL)
+
+    def frees(self, claim):
+        """Whether a worker of ours is free for another job once `claim` is closed."""
+        hand = self.hands.get(claim.slot)
+        return hand is not None and hand.claim is claim and not hand.leaving
 
     def close(self, claim):
         """The attempt's outcome is stored: its worker is free for the next."""
@@ -2765,7 +2783,7 @@ class Daemon:
                 self.step()
             self.log("stopped")
             return 0
-        except StorageError as error:
+        except Failure as error:
             self.log("gives up: %s" % error)
             raise
         finally:
@@ -2804,8 +2822,8 @@ class Daemon:
     def step(self):
         """Wait for something to do, then do it."""
         self.loop.wait(self.timeout())
-        for number in self.signals:
-            self.stop(0.0 if self.stopping and number == self.signals[-1] else None)
+        for _ in self.signals:
+            self.stop(0.0 if self.stopping else None)
         del self.signals[:]
         now = monotonic()
         if self.forced_at is not None and now >= self.forced_at:
@@ -2907,10 +2925,10 @@ class Daemon:
     def do_chores(self):
         """Adopt, purge and promote, some at a time."""
         if self.chores:
-            adopted_some = adopt_strangers(self.store, now_ms())
-            self.store.purge_expired(now_ms())
-            self.hungry = self.hungry or adopted_some > 0
-            self.chores = adopted_some == PROMOTE
+            strangers = adopt_strangers(self.store, now_ms())
+            purged = self.store.purge_expired(now_ms())
+            self.hungry = self.hungry or strangers > 0
+            self.chores = strangers == PROMOTE or purged == PURGE
         if self.commands:
             self.store.add_commands(self.commands)
         if self.store.next_due is None or self.due():
@@ -2925,8 +2943,7 @@ class Daemon:
         if self.stopping or now < self.pool.hold_until:
             return []
         slots = list(self.pool.idle) if self.hungry else []
-        free = [hand.slot for hand in self.pool.rung.values() if not hand.leaving]
-        slots += free
+        slots += [result.claim.slot for result, _ in done if self.pool.frees(result.claim)]
         claims = self.store.claim(slots, self.pool.boot, now_ms()) if slots else []
         if slots:
             self.hungry = len(claims) == len(slots)
@@ -3018,22 +3035,24 @@ class Daemon:
             self.part(channel)
 
     def on_input(self, channel):
-        """Take the next whole request, one at a time for each connection."""
-        if channel.busy or not channel.open:
-            if len(channel.inbox) > 2 * MAX_REQUEST:
-                self.part(channel)
-            return
-        try:
-            data = take_request(channel.inbox)
-        except Failure as error:
-            del channel.inbox[:]
-            channel.ended = True
-            channel.loop.remove(channel.sock)
-            self.send(channel, error_answer(error))
-            return
-        if data is not None:
+        """Take whole requests, one after the other is answered."""
+        if len(channel.inbox) > 2 * MAX_REQUEST:
+            self.part(channel)
+        channel.taking = True
+        while channel.open and not channel.busy and not channel.pages:
+            try:
+                data = take_request(channel.inbox)
+            except Failure as error:  # where the next one would begin is unknown
+                del channel.inbox[:]
+                channel.ended = True
+                channel.loop.remove(channel.sock)
+                self.send(channel, error_answer(error))
+                break
+            if data is None:
+                break
             channel.busy = True
             self.server.finish_request((channel, data), None)
+        channel.taking = False
 
     def on_request(self, channel, data):
         """A whole request: reads are done at once, writes in the next turn."""
@@ -3091,12 +3110,13 @@ class Daemon:
 
     def send(self, channel, answer):
         """Answer (None: by pages), then look for the next request of that connection."""
-        channel.busy = False
         channel.send(encode(answer) if answer is not None else b"")
+        channel.busy = False
+        if not channel.taking:
+            self.on_input(channel)
+        channel.watch()
         if not channel.open:
             self.channels.discard(channel)
-        elif channel.inbox:
-            self.on_input(channel)
 
 
 # ---- Client -------------------------------------------------------------------------------------
@@ -3154,7 +3174,7 @@ def ask(path, request, patience=ANSWER_S):
             if peer_uid(sock) not in (os.geteuid(), None):
                 raise Failure("%s is served by another user (uid %d); give another --socket"
                               % (safe(path), peer_uid(sock)))
-            sock.sendall(encode(request))
+            sock.sendall(encode_request(request))
             data = bytearray()
             while not data.endswith(b"\n"):
                 piece = sock.recv(1 << 18)
@@ -3481,6 +3501,12 @@ def cmd_enqueue(queue, args):
     tell("command: %s" % safe(decode_json(args.job, "the job")["command"]))
 
 
+def announce(line):
+    """The ready line; whoever started us may have closed its end."""
+    with contextlib.suppress(OSError):
+        printed(line)
+
+
 @subcommand("daemon", arg("--workers", type=count_flag, metavar="N", help="workers wanted from now on"),
          arg("--grace", type=duration_flag, metavar="DUR",
              help="how long a stop waits for running jobs, like 30s (default: as long as it takes)"),
@@ -3497,7 +3523,7 @@ def cmd_daemon(queue, args):
     grace = None if args.grace is None else args.grace / 1000.0
     daemon = Daemon(place.db, place.socket, sock_given=place.socket_given, workers=args.workers,
                     grace=grace)
-    return daemon.run(printed)
+    return daemon.run(announce)
 
 
 @subcommand("daemon stop", arg("--grace", type=duration_flag, metavar="DUR",
@@ -3731,6 +3757,23 @@ def main(argv):
         return 1
 
 
+def leave(status):
+    """End at once. Not sys.exit: multiprocessing would wait for workers, which may outlive their
+    daemon to finish their jobs."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     prepare_stdio()
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:  # argparse, after --help and --version
+        code = end.code
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    leave(code)

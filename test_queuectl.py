@@ -449,7 +449,7 @@ class DaemonTest(QueueCase):
         self.wait_for("completed", 2)
 
     def test_a_removed_database_stops_the_daemon_loudly(self):
-        daemon = self.daemon()
+        daemon = self.daemon("--workers", "2")
         os.rename(self.db, self.db + ".moved")
         self.assertEqual(daemon.wait(30), 1)
         self.assertIn("removed or replaced", self.read("q.db.log"))
@@ -820,7 +820,7 @@ class HouseTest(unittest.TestCase):
         rooms = dict(zip(*[iter(re.split("^# ---- (.+?) -+$", self.text, flags=re.M)[1:])] * 2))
         for word, allowed in (("sqlite3.", {"Schema", "Store"}),
                               ("time.time(", {"Time, ids and text"}),
-                              ("sys.exit(", {"Main"}), ("SELECT ", {"Schema", "Store"})):
+                              ("os._exit(", {"Main", "Worker"}), ("SELECT ", {"Schema", "Store"})):
             with self.subTest(word=word):
                 self.assertEqual({name for name, text in rooms.items() if word in text} - allowed,
                                  set())
