@@ -84,6 +84,7 @@ STATES = ("pending", "processing", "completed", "failed", "dead")
 FINISHED = ("completed", "dead")
 
 MAX_MS = 10 ** 12               # the longest duration taken, some 31 years
+LAST_MS = 253402300800000       # the year 10000, where ISO dates end
 MAX_COMMAND = 131071            # bytes: Linux takes no longer argument
 MAX_ENV = 1 << 20               # bytes of a job's own environment in all
 MAX_REQUEST = 16 << 20          # bytes of one request
@@ -491,7 +492,7 @@ def split_shell(text):
 
 def read_setting(key, value):
     """The typed value of setting `key` given as text or number; BadField, or Failure if unknown."""
-    if key not in SETTINGS:
+    if not isinstance(key, str) or key not in SETTINGS:
         raise Failure("unknown setting %s; known are %s"
                       % (safe(str(key)[:80]), ", ".join(SETTINGS)))
     kind, low, high = SETTINGS[key][1:4]
@@ -507,6 +508,12 @@ def read_setting(key, value):
         return in_range(number, low, high)
     except ValueError as error:
         raise BadField(key, str(error))
+
+
+def is_text(value):
+    with contextlib.suppress(ValueError):
+        return as_text(value) == value
+    return False
 
 
 def as_id(value):
@@ -543,7 +550,7 @@ def as_date(value):
         ms = parse_date(value)
     except (ValueError, OverflowError):
         ms = -1
-    if ms < 0:
+    if not 0 <= ms < LAST_MS:
         raise ValueError("must be a date-time since 1970, like 2026-01-15T10:30:00Z")
     return iso(ms)
 
@@ -623,7 +630,7 @@ def make_job(given, settings, now, cwd=None, job_id=None):
     if not isinstance(given, dict):
         raise Failure('a job is a JSON object like {"command":"true"}')
     fields = {}
-    for name, value in given.items():
+    for name, value in dict({} if cwd is None else {"cwd": cwd}, **given).items():
         if name not in FIELDS:
             raise BadField(name, "is unknown; known are " + ", ".join(FIELDS))
         try:
@@ -639,7 +646,7 @@ def make_job(given, settings, now, cwd=None, job_id=None):
     return Job(get("id") or job_id or new_ids(now)[0], fields["command"], "pending", 0,
                get("max_retries", settings["max-retries"]), get("priority", 0),
                get("timeout", settings["timeout"]), stamp, stamp, run_after, None, None, None,
-               None, None, get("cwd", cwd), get("env"), get("unique"), due if due > now else None,
+               None, None, get("cwd"), get("env"), get("unique"), due if due > now else None,
                None if due > now else 1, own, 0, None)
 
 
@@ -649,6 +656,17 @@ def as_state(value):
     return value
 
 
+def escaped(value):
+    """A text that can be stored, whatever another program put there."""
+    return safe(str(value))
+
+
+ADOPTED = tuple((field, as_date) for field in (
+    "created_at", "updated_at", "run_after", "locked_at", "started_at", "finished_at")) + (
+    ("cwd", as_cwd), ("env", lambda text: as_env(json.loads(text))), ("unique", as_unique),
+    ("error", escaped), ("command", as_command), ("state", as_state))
+
+
 def adopted(job, settings, now):
     """A row that another program wrote, as a job like any other. What is NULL or out of range
     gets its default; a command that can't run, or a date that is none, makes it dead."""
@@ -656,25 +674,22 @@ def adopted(job, settings, now):
         return min(max(value, low), high) if type(value) is int else default
     stamp = iso(now)
     job = job._replace(
-        id=job.id if isinstance(job.id, str) and job.id else new_ids(now)[0],
+        id=escaped(job.id) if isinstance(job.id, str) and job.id else new_ids(now)[0],
         state="pending" if job.state is None else job.state,
         attempts=number(job.attempts, 0, 1 << 30, 0),
         max_retries=number(job.max_retries, 1, 1000, settings["max-retries"]),
         timeout=number(job.timeout, 0, MAX_MS, settings["timeout"]),
-        priority=number(job.priority, -1000, 1000, 0), due=None, ready=None)
-    try:
-        field, _ = "state", job.state in STATES or as_state(job.state)
-        for field in ("created_at", "updated_at", "run_after"):
-            job = job._replace(**{field: as_date(getattr(job, field) or stamp)})
-        for field in ("locked_at", "started_at", "finished_at"):
-            if getattr(job, field):
-                job = job._replace(**{field: as_date(getattr(job, field))})
-        field, _ = "command", as_command(job.command)
-    except ValueError as error:
-        printable = {name: safe(str(value)) for name, value in zip(PUBLIC, job)
-                     if isinstance(value, (str, bytes))}
-        return job._replace(**dict(printable, state="dead", finished_at=stamp,
-                                   error="field %s %s" % (field, error)))
+        priority=number(job.priority, -1000, 1000, 0), due=None, ready=None,
+        created_at=job.created_at or stamp, updated_at=job.updated_at or stamp,
+        run_after=job.run_after or stamp)
+    for field, check in ADOPTED:
+        value = getattr(job, field)
+        try:
+            job = job._replace(**{field: None if value is None else check(value)})
+        except ValueError as error:
+            job = job._replace(**{field: escaped(value) if field in ("command", "state") else None})
+            return job._replace(state="dead", error="field %s %s" % (field, error),
+                                finished_at=stamp)
     if job.state in FINISHED:
         return job._replace(finished_at=job.finished_at or job.updated_at)
     return job.waiting(parse_date(job.run_after), now)._replace(finished_at=None)
@@ -1460,7 +1475,7 @@ class Attempt:
         except OSError as error:
             place = " %s" % safe(os.fsdecode(error.filename)) if error.filename else ""
             self.finish("unstarted" if error.errno in UNSTARTED else "refused",
-                        "can't start%s: %s" % (place, error.strerror))
+                        "can't start%s: %s" % (place, os.strerror(error.errno)))
             return
         self.note(serial=self.serial, phase="running", pid=self.process.pid,
                   start=process_start(self.process.pid))
@@ -1728,6 +1743,8 @@ def take_request(inbox):
     It ends with a newline or, for clients that send none, once it is one whole JSON object.
     Raises Failure when it is too large.
     """
+    if inbox[:1].isspace():
+        inbox[:] = inbox.lstrip()
     end = inbox.find(b"\n")
     if end < 0 and inbox.rstrip()[-1:] == b"}":
         with contextlib.suppress(ValueError, RecursionError):
@@ -1739,7 +1756,7 @@ def take_request(inbox):
         return None
     request = bytes(inbox[:end])
     del inbox[:end + 1]
-    return request if request.strip() else take_request(inbox)
+    return request
 
 
 def parse_request(data):
@@ -2225,8 +2242,8 @@ def resolve(request):
     """(Operation, arguments) of a request; Failure when it makes none."""
     command, option = request["command"], request.get("option") or None
     flag, value = request.get("flag"), request.get("value")
-    if command == "config" and flag:  # the original's form: the flag is the setting
-        option, flag, value = option or "set", None, {"key": flag, "value": value}
+    if command == "config" and option in (None, "set") and flag:  # as the original has it
+        option, flag, value = "set", None, {"key": flag, "value": value}
     try:
         found = OPERATIONS[command, option]
     except (KeyError, TypeError):
@@ -2250,7 +2267,7 @@ def perform(context, request):
     """Do what the request says; a write that was done before is only answered again."""
     found, arguments = resolve(request)
     once = request.get("once")
-    if not found.writes or not isinstance(once, str):
+    if not found.writes or not is_text(once):
         return found.function(context, **arguments)
     answered = context.store.recall(once)
     if answered is not None:
@@ -2358,7 +2375,7 @@ def op_dlq_retry(context, ids=()):
     """Queue dead jobs again; all of them or none."""
     store = context.store
     ids = [ids] if isinstance(ids, str) else ids
-    if not isinstance(ids, list) or not ids or not all(isinstance(one, str) for one in ids):
+    if not isinstance(ids, list) or not ids or not all(map(is_text, ids)):
         raise Failure("name the jobs to retry; see: dlq list")
     for job_id in ids:
         job = store.job(job_id)
@@ -2384,7 +2401,7 @@ def op_config_set(context, key=None, value=None):
 
 @operation("config", "get", names=("key",), bare="key")
 def op_config_get(context, key=None):
-    if key not in SETTINGS:
+    if not is_text(key) or key not in SETTINGS:
         read_setting(key, "")
     return reply(context.store.settings[key])
 

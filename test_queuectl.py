@@ -1,15 +1,21 @@
 """Tests of queuectl, cheapest first. `make test T=StoreTest` runs one class."""
 import ast
 import contextlib
+import errno
+import fcntl
+import inspect
 import io
+import itertools
 import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,14 +28,1147 @@ import queuectl
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, "queuectl.py")
 
+NOW = 1768473000000  # ms
+STAMP = "2026-01-15T10:30:00.000Z"
+DEFAULTS = {key: setting.default for key, setting in queuectl.SETTINGS.items()}
+
+# As the original QueueCTL makes them.
+ORIGINAL = """
+    CREATE TABLE jobs (
+        id TEXT PRIMARY KEY, command TEXT NOT NULL, state TEXT DEFAULT 'pending',
+        attempts INT DEFAULT 0, max_retries INT DEFAULT 3,
+        created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
+        updated_at DATETIME DEFAULT CURRENT_TIMESTAMP, locked_at DATETIME, timeout INT DEFAULT 5000,
+        run_after DATETIME DEFAULT CURRENT_TIMESTAMP, priority INT DEFAULT 0, started_at DATETIME);
+    CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT);
+    CREATE TABLE metrics (id INTEGER PRIMARY KEY AUTOINCREMENT,
+        daemon_startup DATETIME DEFAULT CURRENT_TIMESTAMP, total_commands INT DEFAULT 0);
+    INSERT INTO config VALUES ('max-retries', NULL), ('timeout', '7000');
+    INSERT INTO jobs (id, command) VALUES ('old', 'true');"""
+
 
 def wait_until(predicate, what, seconds=30):
-    """Wait for a fact; the only sleep in this file."""
+    """What `predicate()` returns once it is true; the only sleep in this file."""
     deadline = time.monotonic() + seconds
-    while not predicate():
+    while True:
+        value = predicate()
+        if value:
+            return value
         if time.monotonic() > deadline:
             raise AssertionError("waited %d s in vain: %s" % (seconds, what))
-        time.sleep(0.02)
+        time.sleep(0.01)
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+class Case(unittest.TestCase):
+    def folder(self):
+        """A directory of ours, 0700, that goes with the test."""
+        path = os.path.realpath(tempfile.mkdtemp(prefix="queuectl-test-"))
+        self.addCleanup(shutil.rmtree, path, True)
+        return path
+
+    def refused(self, words, call, *args, kind=queuectl.Failure):
+        with self.assertRaisesRegex(kind, re.escape(words)):
+            call(*args)
+
+    def table(self, call, *rows):
+        """Each row: arguments, then what `call` returns for them."""
+        for *args, expected in rows:
+            with self.subTest(args=repr(args)[:60]):
+                self.assertEqual(call(*args), expected)
+
+    def refusals(self, call, *rows, kind=queuectl.Failure):
+        """Each row: words of the refusal, then single arguments that `call` refuses with them."""
+        for words, *values in rows:
+            for value in values:
+                with self.subTest(words=words, value=repr(value)[:60]):
+                    self.refused(words, call, value, kind=kind)
+
+    def open_store(self, path=":memory:", known=None):
+        store = queuectl.Store(path, known)
+        self.addCleanup(store.close)
+        return store
+
+
+class TimeAndTextTest(Case):
+    def test_times_are_utc_text_with_milliseconds(self):
+        self.table(queuectl.iso, (None, None), (0, "1970-01-01T00:00:00.000Z"), (NOW, STAMP),
+                   (NOW + 7, "2026-01-15T10:30:00.007Z"))
+
+    def test_dates_are_read_with_any_offset(self):
+        self.table(queuectl.parse_date, (STAMP, NOW), ("2026-01-15 10:30:00", NOW),
+                   (" 2026-01-15t10:30z ", NOW), ("2026-01-15T10:30:00,5", NOW + 500),
+                   ("2026-01-15T10:30:00.123999999Z", NOW + 123), ("2026-01-15T12:30+02", NOW),
+                   ("2026-01-15T12:30:00+02:00", NOW), ("2026-01-15T05:00:00 -0530", NOW),
+                   ("2026-01-15", NOW - 37800000), ("2024-02-29T00:00:00Z", 1709164800000),
+                   ("1969-12-31T23:59:59Z", -1000))
+
+    def test_what_is_no_date_is_refused(self):
+        for text in (None, 5, "", "soon", "2026-02-30", "2026-01-15T24:00", "2026-01-15T10:30:60",
+                     "2026-01-15T10:30:00+24:00", "2026-01-15T10:30:00+01:60", "2026-01-15T10",
+                     "2026-1-15", "2026-01-15+02:00", "٢٠٢٦-01-15", "2026-01-15T10:30:00Z x"):
+            with self.subTest(text=text), self.assertRaises(ValueError):
+                queuectl.parse_date(text)
+
+    def test_durations_need_a_unit(self):
+        self.table(queuectl.parse_duration, ("500ms", 500), ("90s", 90000), (" 5m ", 300000),
+                   ("2h", 7200000), ("1d", 86400000), ("0s", 0), ("30", "ms", 30))
+        self.refusals(queuectl.parse_duration, ("unit", "30", "", "s", "-1s", "1.5s", "1 s", "1w",
+                                                "1S", "٣s", "1" * 14 + "s"), kind=ValueError)
+
+    def test_what_a_terminal_would_act_on_is_escaped(self):
+        self.table(queuectl.safe, ("plain é 日", "plain é 日"), ("\x1b[2J", "\\x1b[2J"),
+                   ("a\nb", "a\\nb"), ("\u202e", "\\u202e"), ("\ud800", "\\ud800"),
+                   ("a\0", "a\\x00"))
+
+    def test_new_ids_differ_sort_by_time_and_are_good_ids(self):
+        ids = queuectl.new_ids(NOW, 1000) + queuectl.new_ids(NOW + 1)
+        self.assertEqual(sorted(set(ids)), ids)
+        self.assertRegex(ids[0], "^20260115T103000000-[0-9a-f]{8}$")
+        self.assertEqual([queuectl.as_id(one) for one in ids], ids)
+
+
+
+class FilesTest(Case):
+    def setUp(self):
+        self.base = self.folder()
+        self.path = self.base + "/file"
+
+    def test_open_private_makes_0600_whatever_the_umask(self):
+        for mask in (0o000, 0o077, 0o777):
+            with self.subTest(umask=oct(mask)), umask(mask):
+                os.close(queuectl.open_private(self.path))
+                self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+                os.unlink(self.path)
+
+    def test_open_private_takes_what_others_may_read_away_from_them(self):
+        open(self.path, "w").close()
+        os.chmod(self.path, 0o666)
+        os.close(queuectl.open_private(self.path))
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
+
+    def test_open_private_refuses_what_was_planted(self):
+        target, sock = self.base + "/target", socket.socket(socket.AF_UNIX)
+        open(target, "w").close()
+        self.addCleanup(sock.close)
+        for words, plant in (
+                ("is a symbolic link", lambda: os.symlink(target, self.path)),
+                ("is a symbolic link", lambda: os.symlink(self.base + "/none", self.path)),
+                ("has a second name (hard link)", lambda: os.link(target, self.path)),
+                ("is not a regular file", lambda: os.mkfifo(self.path)),
+                ("can't open", lambda: sock.bind(self.path))):
+            with self.subTest(words=words):
+                plant()
+                self.refused(words, queuectl.open_private, self.path)
+                os.unlink(self.path)
+        self.refused("can't open", queuectl.open_private, self.base)
+        self.assertEqual(os.listdir(self.base), ["target"])
+
+    def test_open_private_refuses_a_file_of_another_user(self):
+        with mock.patch("os.geteuid", return_value=os.geteuid() + 1):
+            self.refused("belongs to another user", queuectl.open_private, self.path)
+
+    def test_private_directory_makes_0700_whatever_the_umask(self):
+        for mask in (0o000, 0o077, 0o777):
+            with self.subTest(umask=oct(mask)), umask(mask):
+                queuectl.private_directory(self.path)
+                queuectl.private_directory(self.path)
+                self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o700)
+                os.rmdir(self.path)
+
+    def test_private_directory_refuses_what_was_planted(self):
+        os.symlink(self.base, self.path)
+        self.refused("not a directory of yours", queuectl.private_directory, self.path)
+        os.unlink(self.path)
+        open(self.path, "w").close()
+        self.refused("not a directory of yours", queuectl.private_directory, self.path)
+        os.unlink(self.path)
+        os.mkdir(self.path)
+        os.chmod(self.path, 0o777)
+        self.refused("can be written by others", queuectl.private_directory, self.path)
+
+    def test_the_file_system_is_that_of_the_nearest_mount(self):
+        with open(self.path, "w") as table:
+            table.write("21 1 8:1 / / rw,relatime - ext4 /dev/sda rw\n"
+                        "22 21 0:5 / /srv/my\\040data rw shared:1 master:2 - nfs4 host:/x rw\n"
+                        "23 22 0:6 / /srv/my\\040data/inner rw - xfs /dev/sdb rw\n"
+                        "24 21 0:7 / /over rw - xfs /dev/sdc rw\n"
+                        "25 21 0:8 / /over rw - fuse.sshfs host: rw\n")
+        self.table(lambda folder: queuectl.file_system(folder, self.path), ("/", "ext4"),
+                   ("/srv", "ext4"), ("/srv/my data", "nfs4"), ("/srv/my data/a/b", "nfs4"),
+                   ("/srv/my database", "ext4"), ("/srv/my data/inner/x", "xfs"),
+                   ("/over/x", "fuse.sshfs"))
+        self.assertEqual(queuectl.file_system("/", self.base + "/none"), "")
+
+    def test_a_database_on_a_network_file_system_is_refused(self):
+        for kind, bad in (("ext4", False), ("fuse.ext4", False), ("", False), ("nfs4", True),
+                          ("cifs", True), ("9p", True), ("fuse.sshfs", True)):
+            with self.subTest(kind=kind), mock.patch("queuectl.file_system", return_value=kind):
+                if bad:
+                    self.refused("(%s)" % kind, queuectl.check_database, self.path)
+                else:
+                    queuectl.check_database(self.path)
+
+    def test_a_file_planted_beside_the_database_is_refused(self):
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with self.subTest(suffix=suffix):
+                os.symlink("/etc/passwd", self.path + suffix)
+                self.refused("move it away", queuectl.check_database, self.path)
+                os.unlink(self.path + suffix)
+
+    def test_is_locked_tells_a_held_lock_from_a_free_one(self):
+        self.assertIsNone(queuectl.is_locked(self.path))
+        fd = queuectl.open_private(self.path)
+        self.assertIs(queuectl.is_locked(self.path), False)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        self.assertIs(queuectl.is_locked(self.path), True)
+        os.close(fd)
+        self.assertIs(queuectl.is_locked(self.path), False)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fdinfo"), "needs /proc")
+    def test_holders_are_the_others_that_may_write(self):
+        fd = queuectl.open_private(self.path)
+        self.addCleanup(os.close, fd)
+        found = {}
+        for mode in (">>", "<", "<>"):
+            child = subprocess.Popen(
+                ["/bin/sh", "-c", 'exec 3%s"$0"; echo; read x' % mode, self.path],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            child.stdout.readline()
+            found[mode] = queuectl.holders(self.path) == [child.pid]
+            child.communicate()
+        self.assertEqual(found, {">>": True, "<": False, "<>": True})
+        self.assertEqual(queuectl.holders(self.path), [])
+
+
+
+class JobsTest(Case):
+    def make(self, **given):
+        return queuectl.make_job(dict({"command": "true"}, **given), DEFAULTS, NOW)
+
+    def test_a_bare_job_gets_the_defaults(self):
+        job = queuectl.make_job({"command": "true"}, DEFAULTS, NOW, "/here", "spare")
+        self.assertEqual(job.public(), {
+            "id": "spare", "command": "true", "state": "pending", "attempts": 0, "max_retries": 3,
+            "priority": 0, "timeout": 5000, "created_at": STAMP, "updated_at": STAMP,
+            "run_after": STAMP, "locked_at": None, "started_at": None, "finished_at": None,
+            "exit_code": None, "error": None, "cwd": "/here", "env": {}, "unique": None})
+        self.assertEqual((job.due, job.ready, job.own, job.runs, job.serial), (None, 1, 0, 0, None))
+
+    def test_good_fields_are_stored(self):
+        self.table(
+                lambda name, value: getattr(self.make(**{name: value}), name),
+                ("id", "a", "a"), ("id", "é" * 128, "é" * 128), ("command", " x\n", " x\n"),
+                ("command", "x" * 131071, "x" * 131071), ("priority", -1000, -1000),
+                ("priority", 1000, 1000), ("run_after", "2026-01-15T12:30:00+02:00", STAMP),
+                ("timeout", 0, 0), ("timeout", 10 ** 12, 10 ** 12), ("timeout", "90s", 90000),
+                ("max_retries", 1, 1), ("max_retries", 1000, 1000), ("cwd", "/", "/"),
+                ("env", {"A": "b=c"}, '{"A":"b=c"}'), ("env", {}, "{}"),
+                ("unique", "k" * 1024, "k" * 1024))
+
+    def test_a_bad_field_is_named(self):
+        many = {"A%d" % i: "x" * 100000 for i in range(11)}
+        for name, *values in (
+                ("id", None, 5, True, "", "a b", "a/b", "a\n", "a\u202e", "\0", "\ud800",
+                 "x" * 129),
+                ("command", None, 5, True, ["a"], "", " \n", "a\0b", "\udcff", "x" * 131072,
+                 "é" * 65536),
+                ("priority", None, True, "1", 1.0, 1001, -1001, 2 ** 64, float("inf")),
+                ("run_after", None, True, NOW, "", "tomorrow", "2026-02-30", "1969-12-31",
+                 "2026-01-15T10:30:00+24:00", "9999-12-31T23:59:59-23:59"),
+                ("timeout", None, True, -1, 1.5, "90", "1w", [], 10 ** 12 + 1, 2 ** 64, "9" * 30),
+                ("max_retries", None, False, True, 0, 1001, "3", 10 ** 30),
+                ("cwd", None, "", "here", "./x", "/a\0", "/\ud800", "/" + "x" * 4095),
+                ("env", None, [], "A=b", {"A": 1}, {"A": None}, {"": "x"}, {"A=B": "x"},
+                 {"A\0": "x"}, {"A": "\0"}, {"A": "\ud800"}, {"A": "x" * 131071}, many),
+                ("unique", None, 5, True, "", "\0", "\ud800", "k" * 1025),
+                ("state", "dead"), ("attempts", 0), ("Command", "true"), ("", "x")):
+            self.refusals(lambda value: self.make(**{name: value}),
+                          ("field %s " % name,) + tuple(values), kind=queuectl.BadField)
+
+    def test_what_is_no_object_or_has_no_command_is_refused(self):
+        self.refusals(lambda given: queuectl.make_job(given, DEFAULTS, NOW),
+                      ("a job is a JSON object", None, [], "true", 5),
+                      ("field command is required", {}, {"id": "a"}))
+
+    def test_a_job_waits_for_its_time_and_remembers_what_it_brought(self):
+        later = self.make(run_after="2026-01-15T10:30:00.001Z")
+        self.assertEqual((later.due, later.ready), (NOW + 1, None))
+        past = self.make(run_after="2020-01-01")
+        self.assertEqual((past.due, past.ready), (None, 1))
+        for fields, own in (({}, 0), ({"timeout": 1}, queuectl.OWN_TIMEOUT), (
+                {"timeout": 0, "max_retries": 3}, queuectl.OWN_TIMEOUT | queuectl.OWN_RETRIES)):
+            with self.subTest(fields=fields):
+                self.assertEqual(self.make(**fields).own, own)
+
+    def test_rows_of_other_programs_are_adopted_with_defaults(self):
+        bare = queuectl.Job(*[None] * len(queuectl.Job._fields))
+        bare = bare._replace(id="a", command="true", due=0, own=0, runs=0)
+        date = "must be a date-time since 1970, like 2026-01-15T10:30:00Z"
+        for given, expected in (
+                ({}, {"id": "a", "state": "pending", "attempts": 0, "max_retries": 3,
+                      "timeout": 5000, "priority": 0, "created_at": STAMP, "updated_at": STAMP,
+                      "run_after": STAMP, "due": None, "ready": 1}),
+                ({"priority": 5000, "max_retries": 0, "timeout": -1, "attempts": -3},
+                 {"priority": 1000, "max_retries": 1, "timeout": 0, "attempts": 0}),
+                ({"priority": "high", "timeout": 1.5}, {"priority": 0, "timeout": 5000}),
+                ({"run_after": "2026-01-15 10:40:00"},
+                 {"run_after": "2026-01-15T10:40:00.000Z", "due": NOW + 600000, "ready": None}),
+                ({"state": "failed", "finished_at": "2026-01-15"},
+                 {"state": "failed", "finished_at": None, "ready": 1}),
+                ({"state": "completed", "updated_at": "2026-01-15 10:00:00"},
+                 {"state": "completed", "finished_at": "2026-01-15T10:00:00.000Z", "ready": None,
+                  "due": None}),
+                ({"run_after": "soon"}, {"state": "dead", "error": "field run_after " + date,
+                                         "finished_at": STAMP, "due": None, "ready": None}),
+                ({"created_at": 2026}, {"state": "dead", "error": "field created_at " + date}),
+                ({"locked_at": "x"}, {"state": "dead", "error": "field locked_at " + date}),
+                ({"state": "waiting"}, {"state": "dead", "error": "field state must be one of "
+                                        "pending, processing, completed, failed, dead"}),
+                ({"command": b"\xff"}, {"state": "dead", "error": "field command must be text"}),
+                ({"command": "a\0b"}, {"state": "dead", "command": "a\\x00b",
+                                       "error": "field command must not hold a NUL"})):
+            with self.subTest(given=given):
+                job = queuectl.adopted(bare._replace(**given), DEFAULTS, NOW)
+                self.assertEqual({name: getattr(job, name) for name in expected}, expected)
+        for bad_id in (None, "", b"x", 5):
+            with self.subTest(id=bad_id):
+                self.assertRegex(queuectl.adopted(bare._replace(id=bad_id), DEFAULTS, NOW).id,
+                                 "^20260115T103000000-")
+
+
+class SettingsTest(Case):
+    def test_good_settings_are_read(self):
+        self.table(
+                queuectl.read_setting, ("max-retries", "2", 2), ("max-retries", 1000, 1000),
+                ("delay-base", "5000", 5000), ("jitter", " 100 ", 100), ("timeout", "0", 0),
+                ("delay-base", "1", 1), ("delay-base", "90s", 90000), ("backoff", "fixed", "fixed"),
+                ("max-delay", "1d", 86400000),
+                ("timeout", 10 ** 12, 10 ** 12), ("output-limit", "0", 0),
+                ("retention", "2h", 7200000), ("shell", "/bin/bash -c", "/bin/bash -c"),
+                ("shell", "'/a b/sh' -c", "'/a b/sh' -c"))
+
+    def test_a_bad_setting_is_named(self):
+        for key, *values in (
+                ("max-retries", "0", "1001", "x", "", "1.0", "-1", "٣", "9" * 30, True, None),
+                ("delay-base", "0", "-1", "1w", "", "1.5s"), ("backoff", "Linear", "", "none"),
+                ("jitter", "101", "-1", "5%"), ("timeout", "-1", str(10 ** 12 + 1), "20d 1h"),
+                ("output-limit", "1k", str((16 << 20) + 1)), ("retention", "ever"),
+                ("shell", "", " ", "'sh", "a\0", "\ud800")):
+            self.refusals(lambda value: queuectl.read_setting(key, value),
+                          ("field %s " % key,) + tuple(values), kind=queuectl.BadField)
+
+    def test_an_unknown_setting_is_refused_with_the_known_ones(self):
+        self.refusals(lambda key: queuectl.read_setting(key, "1"),
+                      ("known are max-retries", "workers", "Timeout", "", None, 5, [], {}))
+
+
+class RetryPolicyTest(Case):
+    def test_backoff_grows_as_the_table_says(self):
+        for kind, base, seconds in (
+                ("exponential", 5000, (5, 25, 125, 625)), ("linear", 5000, (5, 10, 15, 20)),
+                ("fixed", 5000, (5, 5, 5, 5)), ("exponential", 1500, (1.5, 2.25, 3.375, 5.0625)),
+                ("exponential", 1, (1, 1, 1, 1)), ("linear", 999, (1, 2, 3, 4)),
+                ("fixed", 1, (1, 1, 1, 1))):
+            settings = dict(DEFAULTS, **{"backoff": kind, "delay-base": base})
+            for attempts, wait in enumerate(seconds, 1):
+                with self.subTest(kind=kind, base=base, attempts=attempts):
+                    self.assertEqual(queuectl.backoff_ms(attempts, settings), int(wait * 1000))
+
+    def test_backoff_is_never_longer_than_max_delay(self):
+        for kind, base, attempts, longest in (
+                ("exponential", 5000, 3, 124999), ("exponential", 5000, 441, 86400000),
+                ("exponential", 5000, 1000, 86400000), ("exponential", 10 ** 12, 1000, 10 ** 12),
+                ("linear", 10 ** 12, 1000, 10 ** 12), ("fixed", 5000, 1, 300)):
+            for spread in (0.0, 1.0):
+                with self.subTest(kind=kind, base=base, attempts=attempts, spread=spread):
+                    settings = dict(DEFAULTS, **{"backoff": kind, "delay-base": base,
+                                                 "max-delay": longest, "jitter": 100})
+                    self.assertEqual(queuectl.backoff_ms(attempts, settings, spread), longest)
+
+    def test_jitter_spreads_up_and_down(self):
+        for jitter, spread, wait in ((0, 1.0, 5000), (10, 0.0, 5000), (10, 1.0, 5500),
+                                     (10, -1.0, 4500), (50, 0.5, 6250), (100, -1.0, 0)):
+            with self.subTest(jitter=jitter, spread=spread):
+                settings = dict(DEFAULTS, jitter=jitter)
+                self.assertEqual(queuectl.backoff_ms(1, settings, spread), wait)
+
+    def test_the_verdict_on_an_attempt(self):
+        timed_out = "timed out after 5000 ms (raise it with --timeout or: config set timeout 0)"
+        for before, status, reason, detail, state, attempts, wait, error in (
+                (0, 0, "", "", "completed", 1, None, None),
+                (2, 0, "", "", "completed", 3, None, None),
+                (0, 3, "", "", "failed", 1, 5000, "exit 3"),
+                (1, 127, "", "", "failed", 2, 25000, "exit 127"),
+                (2, 3, "", "", "dead", 3, None, "exit 3"),
+                (7, 3, "", "", "dead", 8, None, "exit 3"),
+                (0, -9, "", "", "failed", 1, 5000, "killed by SIGKILL"),
+                (0, -63, "", "", "failed", 1, 5000, "killed by signal 63"),
+                (0, -15, "timeout", "", "failed", 1, 5000, timed_out),
+                (0, 0, "timeout", "", "failed", 1, 5000, timed_out),
+                (2, -9, "timeout", "", "dead", 3, None, timed_out),
+                (0, None, "lost", "", "failed", 1, 5000, "worker lost"),
+                (2, None, "lost", "", "dead", 3, None, "worker lost"),
+                (0, -15, "cancelled", "", "dead", 1, None, "cancelled"),
+                (0, 0, "cancelled", "", "dead", 1, None, "cancelled"),
+                (0, None, "refused", "can't start /x: no", "failed", 1, 5000, "can't start /x: no"),
+                (2, None, "refused", "can't start /x: no", "dead", 3, None, "can't start /x: no"),
+                (0, -15, "stopped", "", "pending", 0, 0, None),
+                (2, -9, "stopped", "", "failed", 2, 0, None),
+                (2, None, "unstarted", "no space", "failed", 2, 0, None),
+                (0, None, "unstarted", "no space", "pending", 0, 0, None)):
+            with self.subTest(before=before, status=status, reason=reason):
+                job = queuectl.make_job({"command": "x"}, DEFAULTS, NOW)._replace(attempts=before)
+                outcome = queuectl.Outcome(status, reason, detail, 0, NOW)
+                self.assertEqual(
+                    queuectl.decide(job, outcome, DEFAULTS, NOW),
+                    (state, attempts, None if wait is None else NOW + wait, error))
+
+
+class SettleTest(Case):
+    RULES = (  # the first whose conditions all hold
+        ("lost", {"same_boot": False}),
+        ("take", {"phase": "ended"}),
+        ("leave", {"worker": True}),
+        ("stop", {"run": True}),
+        ("stop", {"leader": True}),
+        ("give back", {"run": None, "pid": None}),
+        ("lost", {}),
+    )
+
+    def test_every_combination_is_settled_by_the_first_rule_that_fits(self):
+        seen = set()
+        for values in itertools.product((None, "starting", "running", "ended"), (None, 77),
+                                        (None, False, True), (None, False, True), (False, True),
+                                        (False, True)):
+            case = dict(zip(("phase", "pid", "worker", "run", "leader", "same_boot"), values))
+            expected = next(verdict for verdict, conditions in self.RULES
+                            if all(case[name] is value or case[name] == value is not None
+                                   for name, value in conditions.items()))
+            record = {name: case[name] for name in ("phase", "pid") if case[name] is not None}
+            with self.subTest(**case):
+                self.assertEqual(queuectl.settle(record, case["worker"], case["run"],
+                                                 case["leader"], case["same_boot"]), expected)
+            seen.add(expected)
+        self.assertEqual(seen, {"lost", "take", "leave", "stop", "give back"})
+
+
+class SchemaTest(Case):
+    def setUp(self):
+        self.path = self.folder() + "/queuectl.db"
+
+    def make(self, script):
+        connection = sqlite3.connect(self.path)
+        connection.executescript(script)
+        connection.close()
+        os.chmod(self.path, 0o600)
+
+    def schema(self, store):
+        """Columns and keys of all tables; the text of what is made by our migrations only."""
+        names = store.query("SELECT type, name, tbl_name FROM sqlite_master ORDER BY 1, 2")
+        columns = {name: store.query("PRAGMA table_info('%s')" % name)
+                   for kind, name, _ in names if kind == "table"}
+        ours = store.query("SELECT name, sql FROM sqlite_master"
+                           " WHERE name NOT IN ('jobs', 'config', 'metrics') ORDER BY 1")
+        return names, columns, ours
+
+    def test_a_fresh_database_equals_a_migrated_one(self):
+        self.make(ORIGINAL)
+        self.assertEqual(self.schema(self.open_store(self.path)), self.schema(self.open_store()))
+
+    def test_the_states_agree_with_those_in_sql(self):
+        statements = list(itertools.chain(*queuectl.MIGRATIONS))
+        seeded = [re.findall(r"SELECT '(\w+)', 0|UNION SELECT '(\w+)', 0", text)
+                  for text in statements if "INTO counts" in text]
+        self.assertEqual(sorted(max(pair) for pair in seeded[0]), sorted(queuectl.STATES))
+        self.assertEqual(set(self.open_store().counts()), set(queuectl.STATES))
+        text = inspect.getsource(queuectl.Store) + "\n".join(statements)
+        used = re.findall(r"state (?:= |DEFAULT |IN \()('\w+'(?:, '\w+')*)", text)
+        words = set(re.findall(r"\w+", " ".join(used)))
+        self.assertEqual(words - set(queuectl.STATES), set())
+        self.assertGreaterEqual(words, {"pending", "processing", "completed", "failed", "dead"})
+
+    def test_a_newer_database_is_refused_untouched(self):
+        self.make(ORIGINAL + "PRAGMA user_version = 99;")
+        before = read(self.path)
+        self.refused("newer queuectl (schema 99", queuectl.Store, self.path,
+                     kind=queuectl.StorageError)
+        self.assertEqual(read(self.path), before)
+        self.assertEqual(os.listdir(os.path.dirname(self.path)), ["queuectl.db"])
+
+    def test_a_migration_that_fails_midway_changes_nothing(self):
+        store = self.open_store(self.path)
+        before = self.schema(store)
+        store.close()
+        broken = queuectl.MIGRATIONS + (("CREATE TABLE extra (a)", "ALTER TABLE none ADD b"),)
+        with mock.patch("queuectl.MIGRATIONS", broken):
+            self.refused("no such table", queuectl.Store, self.path, kind=queuectl.StorageError)
+        again = self.open_store(self.path)
+        self.assertEqual(self.schema(again), before)
+        self.assertEqual(again.value("PRAGMA user_version"), len(queuectl.MIGRATIONS))
+
+    def test_a_database_of_the_original_opens_and_its_jobs_run(self):
+        self.make(ORIGINAL)
+        store = self.open_store(self.path)
+        self.assertEqual((store.settings["max-retries"], store.settings["timeout"]), (3, 7000))
+        self.assertEqual(store.counts()["pending"], 1)
+        with store.transaction():
+            queuectl.adopt_strangers(store, queuectl.now_ms())
+            claims = store.claim([1], "boot", queuectl.now_ms())
+        self.assertEqual([(claim.job, claim.command) for claim in claims], [("old", "true")])
+
+    def test_a_database_that_the_lock_file_does_not_know_is_refused_untouched(self):
+        self.refused("is gone", queuectl.Store, self.path, "other", kind=queuectl.StorageError)
+        self.assertFalse(os.path.exists(self.path))
+        open(self.path, "w").close()
+        self.refused("is empty", queuectl.Store, self.path, "other", kind=queuectl.StorageError)
+        self.assertEqual(os.path.getsize(self.path), 0)
+        self.open_store(self.path).close()
+        before = read(self.path)
+        self.refused("is another queue's", queuectl.Store, self.path, "other",
+                     kind=queuectl.StorageError)
+        self.assertEqual(read(self.path), before)
+
+    def test_a_database_removed_while_in_use_is_noticed(self):
+        store = self.open_store(self.path)
+        os.unlink(self.path)
+        with self.assertRaises(queuectl.Replaced), store.transaction():
+            store.set_wanted(3)
+        self.assertFalse(os.path.exists(self.path))
+
+
+class StoreCase(Case):
+    def setUp(self):
+        self.store = self.open_store()
+
+    def add(self, *ids, **fields):
+        """(new) -> pending"""
+        with self.store.transaction():
+            self.store.insert([queuectl.make_job(dict({"command": "true", "id": one}, **fields),
+                                                 self.store.settings, NOW) for one in ids])
+
+    def claim(self, count=1, now=NOW):
+        """pending or failed -> processing"""
+        with self.store.transaction():
+            return self.store.claim(list(range(1, count + 1)), "boot", now)
+
+    def end(self, claim, status=0, reason="", now=NOW + 1000):
+        """processing -> what the retry policy says"""
+        outcome = queuectl.Outcome(status, reason, "", 0, now)
+        with self.store.transaction():
+            return queuectl.record_results(
+                self.store, [queuectl.Result(claim, outcome, b"out", 42)], now)[0][1]
+
+    def kill(self, *ids):
+        """(new) -> dead"""
+        self.add(*ids, max_retries=1)
+        for claim in self.claim(len(ids)):
+            self.end(claim, 1)
+
+    def sql(self, text, *values):
+        """What another program writes."""
+        with self.store.transaction():
+            return self.store.query(text, values)
+
+    def adopt(self, now=NOW):
+        with self.store.transaction():
+            return queuectl.adopt_strangers(self.store, now)
+
+    def counts(self):
+        """The counts that are not 0, after a look that they are right."""
+        counted = dict(self.store.query("SELECT state, COUNT(*) FROM jobs GROUP BY state"))
+        self.assertEqual({k: n for k, n in self.store.counts().items() if n}, counted)
+        return counted
+
+    def shown(self, job_id, *names):
+        job = self.store.job(job_id)
+        return tuple(getattr(job, name) for name in names)
+
+
+class StoreTest(StoreCase):
+    def test_insert_makes_a_job_pending(self):
+        self.add("a")
+        self.add("later", run_after="2026-01-15T10:31:00Z")
+        self.assertEqual(self.shown("a", "state", "ready", "due"), ("pending", 1, None))
+        self.assertEqual(self.shown("later", "state", "ready", "due"),
+                         ("pending", None, NOW + 60000))
+        self.assertEqual(self.counts(), {"pending": 2})
+        self.assertEqual(self.store.totals()["enqueued"], 2)
+        self.assertIsNone(self.store.job("none"))
+
+    def test_claim_takes_by_priority_then_age(self):
+        for one, priority in (("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5)):
+            self.add(one, priority=priority)
+        claims = self.claim(2) + self.claim(9)
+        self.assertEqual([claim.job for claim in claims], ["b", "e", "a", "c", "d"])
+        self.assertEqual([claim.serial for claim in claims], [1, 2, 3, 4, 5])
+        self.assertEqual(self.shown("b", "state", "started_at", "locked_at", "runs", "serial"),
+                         ("processing", STAMP, STAMP, 1, 1))
+        self.assertEqual(self.counts(), {"processing": 5})
+        self.assertEqual(self.claim(9), [])
+        self.assertEqual(self.store.open_claims(), claims)
+
+    def test_a_completed_job_is_stored_with_its_attempt(self):
+        self.add("a")
+        claim, = self.claim()
+        self.end(claim)
+        self.assertEqual(
+            self.shown("a", "state", "attempts", "exit_code", "error", "finished_at", "locked_at"),
+            ("completed", 1, 0, None, "2026-01-15T10:30:01.000Z", None))
+        self.assertEqual(self.store.query("SELECT * FROM attempts"), [
+            (1, "a", 1, 42, STAMP, "2026-01-15T10:30:01.000Z", 0, None, None, 0, b"out")])
+        self.assertEqual(self.store.open_claims(), [])
+        totals = self.store.totals()
+        self.assertEqual((totals["completed"], totals["runtime_ms"], totals["longest_ms"]),
+                         (1, 1000, 1000))
+
+    def test_a_failed_job_is_tried_again_once_its_time_has_come(self):
+        self.add("a")
+        self.end(self.claim()[0], -9, now=NOW)
+        self.assertEqual(self.shown("a", "state", "attempts", "due", "error", "run_after"),
+                         ("failed", 1, NOW + 5000, "killed by SIGKILL", "2026-01-15T10:30:05.000Z"))
+        self.assertEqual(self.store.value("SELECT signal FROM attempts"), "SIGKILL")
+        with self.store.transaction():
+            self.assertEqual(self.store.promote(NOW + 4999), 0)
+        self.assertEqual((self.claim(), self.store.next_due), ([], NOW + 5000))
+        with self.store.transaction():
+            self.assertEqual(self.store.promote(NOW + 5000), 1)
+        claim, = self.claim(now=NOW + 5000)
+        self.assertEqual((claim.job, claim.number, claim.attempts), ("a", 2, 1))
+
+    def test_a_job_out_of_retries_is_dead(self):
+        self.kill("a")
+        self.assertEqual(self.shown("a", "state", "error", "exit_code", "due", "ready"),
+                         ("dead", "exit 1", 1, None, None))
+        self.assertEqual((self.counts(), self.store.totals()["dead"]), ({"dead": 1}, 1))
+
+    def test_an_attempt_given_back_does_not_count(self):
+        self.add("a")
+        self.end(self.claim()[0], None, "unstarted")
+        self.assertEqual(self.shown("a", "state", "attempts", "runs", "ready", "locked_at"),
+                         ("pending", 0, 0, 1, None))
+        self.end(self.claim()[0], 1, now=NOW)
+        with self.store.transaction():
+            self.store.promote(NOW + 5000)
+        self.end(self.claim()[0], -15, "stopped")
+        self.assertEqual(self.shown("a", "state", "attempts", "runs", "ready", "error"),
+                         ("failed", 1, 1, 1, "exit 1"))
+        self.assertEqual(self.store.value("SELECT COUNT(*) FROM attempts"), 1)
+
+    def test_requeue_stamps_the_present_settings_but_keeps_the_jobs_own(self):
+        self.kill("a")
+        self.add("b", timeout=77)
+        self.end(self.claim()[0], 0, "cancelled")
+        with self.store.transaction():
+            self.store.set_setting("timeout", 1000)
+            self.store.set_setting("max-retries", 9)
+            for one in "ab":
+                self.store.requeue(self.store.job(one), NOW + 5000)
+        names = ("state", "attempts", "error", "finished_at", "exit_code", "timeout", "max_retries")
+        self.assertEqual(self.shown("a", *names), ("pending", 0, None, None, None, 1000, 1))
+        self.assertEqual(self.shown("b", *names), ("pending", 0, None, None, None, 77, 9))
+        self.assertEqual([(claim.job, claim.number) for claim in self.claim(9)],
+                         [("a", 2), ("b", 2)])
+
+    def test_promote_makes_due_jobs_ready_so_many_at_a_time(self):
+        self.add("c", run_after="2026-01-15T10:30:03Z")
+        self.add("a", "b", run_after="2026-01-15T10:30:01Z")
+        with mock.patch("queuectl.PROMOTE", 1), self.store.transaction():
+            self.assertEqual(self.store.promote(NOW + 1000), 1)
+        self.assertEqual(self.store.next_due, NOW + 1000)
+        with self.store.transaction():
+            self.assertEqual(self.store.promote(NOW + 2999), 1)
+        self.assertEqual(self.store.next_due, NOW + 3000)
+        self.assertEqual([claim.job for claim in self.claim(9)], ["a", "b"])
+
+    def test_rows_inserted_by_hand_become_jobs(self):
+        for columns, values, expected in (
+                ("id, command", ("'a'", "'true'"), ("pending", None)),
+                ("id, command", ("NULL", "'true'"), ("pending", None)),
+                ("id, command", ("CAST(x'ff' AS TEXT)", "'true'"), ("pending", None)),
+                ("id, command", ("x'ff'", "'true'"), ("pending", None)),
+                ("id, command, run_after", ("'b'", "'true'", "'2026-01-15 10:30:00'"),
+                 ("pending", None)),
+                ("id, command, run_after", ("'c'", "'true'", "'2026-01-16 10:30:00'"),
+                 ("pending", NOW + 86400000)),
+                ("id, command, state, attempts", ("'d'", "'true'", "'failed'", "1"),
+                 ("failed", None)),
+                ("id, command, run_after", ("'e'", "'true'", "'soon'"), ("dead", None)),
+                ("id, command, state", ("'f'", "'true'", "'odd'"), ("dead", None)),
+                ("id, command", ("'g'", "CAST(x'ff' AS TEXT)"), ("dead", None)),
+                ("id, command, state, attempts", ("'h'", "'true'", "'processing'", "0"),
+                 ("failed", NOW + 5000)),
+                ("id, command, state, attempts", ("'i'", "'true'", "'processing'", "2"),
+                 ("dead", None))):
+            with self.subTest(columns=columns, values=values):
+                self.store = self.open_store()
+                with mock.patch("time.time", return_value=NOW / 1000.0):
+                    self.sql("INSERT INTO jobs (created_at, updated_at, %s) VALUES"
+                             " ('2026-01-15 10:30:00', NULL, %s)" % (columns, ", ".join(values)))
+                if "run_after" not in columns:
+                    self.sql("UPDATE jobs SET run_after = '2026-01-15'")
+                self.adopt()
+                (_, job), = self.store.jobs(None, 0, 9)
+                self.assertEqual((job.state, job.due), expected)
+                self.assertEqual(job.error is None, job.state == "pending" or "'failed'" in values)
+                if job.state != "dead":
+                    self.assertEqual((job.created_at, job.updated_at), (STAMP, STAMP))
+                self.assertEqual(job.public()["id"], queuectl.as_id(job.id))
+                self.assertEqual([claim.job for claim in self.claim(now=NOW)],
+                                 [job.id] if job.ready else [])
+                self.assertFalse(self.store.has_chores(NOW))
+                self.counts()
+
+    def test_a_running_job_deleted_by_hand_leaves_no_trace(self):
+        self.add("a")
+        claim, = self.claim()
+        self.sql("DELETE FROM jobs WHERE id = 'a'")
+        self.assertIsNone(self.store.open_claims()[0].command)
+        self.end(claim)
+        self.assertEqual((self.store.open_claims(), self.store.job("a")), ([], None))
+        self.assertEqual(self.counts(), {})
+        self.assertEqual(self.store.query("SELECT * FROM attempts"), [])
+
+    def test_a_running_job_inserted_anew_waits_until_its_attempt_is_over(self):
+        self.add("a")
+        claim, = self.claim()
+        self.sql("DELETE FROM jobs WHERE id = 'a'")
+        self.sql("INSERT INTO jobs (id, command, run_after) VALUES ('a', 'new', '2026-01-15')")
+        self.adopt()
+        self.assertEqual(self.claim(), [])
+        self.end(claim, 1)
+        self.assertEqual(self.shown("a", "state", "attempts"), ("pending", 0))
+        self.adopt()
+        self.assertEqual([claim.command for claim in self.claim()], ["new"])
+
+    def test_a_running_job_set_to_pending_by_hand_goes_on(self):
+        self.add("a")
+        claim, = self.claim()
+        self.sql("UPDATE jobs SET state = 'pending' WHERE id = 'a'")
+        self.assertTrue(self.store.has_chores(NOW))
+        self.adopt()
+        self.assertEqual((self.shown("a", "state"), self.claim()), (("processing",), []))
+        self.end(claim)
+        self.assertEqual(self.shown("a", "state", "attempts"), ("completed", 1))
+
+    def test_completed_jobs_are_purged_after_their_retention(self):
+        self.add("a", "b", "c")
+        for claim, now in zip(self.claim(3), (NOW, NOW + 1, NOW)):
+            self.end(claim, claim.job == "c", "cancelled" if claim.job == "c" else "", now)
+        for retention, deleted in ((0, 0), (5000, 1)):
+            with self.subTest(retention=retention), self.store.transaction():
+                self.store.set_setting("retention", retention)
+                self.assertEqual(self.store.has_chores(NOW + 5001), deleted > 0)
+                self.assertEqual(self.store.purge_expired(NOW + 5001), deleted)
+        self.assertEqual(self.counts(), {"completed": 1, "dead": 1})
+        self.assertEqual(self.store.query("SELECT job FROM attempts ORDER BY 1"), [("b",), ("c",)])
+
+    def test_counts_follow_whoever_writes(self):
+        self.add("a", "b")
+        self.sql("INSERT INTO jobs (id, command) VALUES ('c', 'true')")
+        self.sql("UPDATE jobs SET state = 'dead' WHERE id = 'a'")
+        self.assertEqual(self.counts(), {"pending": 2, "dead": 1})
+        self.sql("DELETE FROM jobs WHERE state = 'pending'")
+        self.assertEqual(self.counts(), {"dead": 1})
+        self.sql("UPDATE counts SET jobs = 5")
+        with self.store.transaction():
+            self.store.recount()
+        self.assertEqual(self.counts(), {"dead": 1})
+
+    def test_a_unique_key_is_held_while_its_job_is_unfinished(self):
+        self.add("a", unique="k", max_retries=2)
+        held = [self.store.holder("k")]
+        claim, = self.claim()
+        held.append(self.store.holder("k"))
+        self.end(claim, 1, now=NOW)
+        held.append(self.store.holder("k"))
+        with self.store.transaction():
+            self.store.promote(NOW + 5000)
+        self.end(self.claim()[0], 1)
+        self.assertEqual(held + [self.store.holder("k")], ["a", "a", "a", None])
+        self.add("b", unique="k")
+        self.assertEqual(self.store.holder("k"), "b")
+        self.sql("DELETE FROM jobs WHERE id = 'a'")
+        self.assertEqual(self.store.holder("k"), "b")
+        self.sql("DELETE FROM jobs WHERE id = 'b'")
+        self.assertEqual((self.store.holder("k"), self.store.holder("none")), (None, None))
+
+    def test_a_job_can_have_only_one_open_attempt(self):
+        self.add("a")
+        self.claim()
+        self.sql("UPDATE jobs SET ready = 1")
+        self.assertEqual(self.claim(), [])
+        with self.assertRaises(queuectl.StorageError), self.store.transaction():
+            self.store.write("INSERT INTO running VALUES (9, 'a', 1, '', 0)", ())
+
+    def test_a_durable_transaction_is_synchronous(self):
+        for durable, level in ((True, 2), (False, 1), (True, 2)):
+            with self.subTest(durable=durable), self.store.transaction(durable=durable):
+                self.assertEqual(self.store.value("PRAGMA synchronous"), level)
+
+    def test_no_statement_of_the_loop_scans_or_sorts(self):
+        self.add("a", unique="k")
+        self.sql("UPDATE config SET value = value")
+        store, store.settings["retention"] = self.store, 1000
+        for name, index, call in (
+                ("claim", "jobs_ready", lambda: store.claim([1], "", NOW)),
+                ("promote", "jobs_due", lambda: store.promote(NOW)),
+                ("pull_in", "jobs_state", lambda: store.pull_in(NOW)),
+                ("strangers", "jobs_due", store.strangers),
+                ("purge_expired", "jobs_finished", lambda: store.purge_expired(NOW)),
+                ("has_chores", "jobs_finished", lambda: store.has_chores(NOW)),
+                ("holder", "autoindex_unique_keys", lambda: store.holder("k")),
+                ("list", "PRIMARY KEY", lambda: store.jobs(None, 5, 50)),
+                ("list --state", "jobs_state", lambda: store.jobs("dead", 5, 50))):
+            with self.subTest(name=name), store.transaction(), \
+                    mock.patch.object(store, "query", wraps=store.query) as reads, \
+                    mock.patch.object(store, "write", wraps=store.write) as writes:
+                call()
+                made = [seen[0] for seen in reads.call_args_list + writes.call_args_list
+                        if "jobs" in seen[0][0]]
+                plan = "\n".join(row[3] for sql, *values in made for row in
+                                 store.connection.execute("EXPLAIN QUERY PLAN " + sql, *values))
+                self.assertRegex(plan, r"SEARCH (TABLE )?(jobs|unique_keys)\b.*" + index)
+                self.assertNotRegex(plan, r"SCAN (?!CONSTANT)|TEMP B-TREE")
+
+
+class AttemptTest(Case):
+    def setUp(self):
+        self.base = self.folder()
+        self.notes = []
+        self.serials = itertools.count(1)
+
+    def start(self, command, **order):
+        order = dict({"serial": next(self.serials), "command": command,
+                      "shell": ["/bin/sh", "-c"], "timeout": 0, "cwd": self.base,
+                      "env": dict(os.environb), "limit": 1000}, **order)
+        run = queuectl.Attempt(order, "%s/%d" % (self.base, order["serial"]),
+                               lambda **note: self.notes.append(note))
+        run.start(0.0)
+        if run.process:
+            self.addCleanup(self.kill_group, run.process.pid)
+        return run
+
+    def kill_group(self, pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def finish(self, run, now=0.0):
+        """Drive it to its end from the fake time `now` on; status and reason noted, output."""
+        clock = itertools.count()
+
+        def step():
+            moment = now + next(clock) / 100.0
+            while run.output is not None and select.select([run.output], [], [], 0.005)[0]:
+                run.on_output()
+                self.assertLessEqual(run.size, run.bound)
+            run.on_child(moment)
+            if run.deadline is not None and moment >= run.deadline:
+                run.on_deadline(moment)
+            return run.over
+        wait_until(step, "the attempt is over")
+        last = self.notes[-1]
+        self.assertEqual((last["phase"], last["size"], last["dropped"]),
+                         ("ended", run.size, run.dropped))
+        return last["status"], last["reason"], read(run.path)
+
+    def pid_in(self, name):
+        path = self.base + "/" + name
+        return int(wait_until(lambda: os.path.exists(path) and read(path).endswith(b"\n")
+                              and read(path), name + " is written"))
+
+    def gone(self, pid):
+        return queuectl.process_start(pid) == ""
+
+    def test_commands_end_as_they_do(self):
+        for command, status, output in (
+                ("exit 7", 7, b""), ("echo out; echo err >&2", 0, b"out\nerr\n"),
+                ("kill -9 $$", -9, b""), ("/none/such 2>/dev/null", 127, b""),
+                ("printf '\\377\\000'", 0, b"\xff\0"), ("cat", 0, b""), ("pwd", 0, None),
+                ("echo $PPID-$X", 0, b"%d-y\n" % os.getpid())):
+            with self.subTest(command=command):
+                run = self.start(command, env=dict(os.environb, **{"X": "y"})
+                                 if "$X" in command else dict(os.environb))
+                expected = self.base.encode() + b"\n" if output is None else output
+                self.assertEqual(self.finish(run), (status, "", expected))
+                self.assertEqual([note["phase"] for note in self.notes[-3:]],
+                                 ["starting", "running", "ended"])
+
+    def test_the_record_names_the_process_and_the_run_file_is_locked(self):
+        os.mkfifo(self.base + "/go")
+        run = self.start("read x <go")
+        self.assertEqual(self.notes[-1], {
+            "serial": 1, "phase": "running", "pid": run.process.pid,
+            "start": queuectl.process_start(run.process.pid)})
+        self.assertEqual(queuectl.leader(self.notes[-1]), run.process.pid)
+        self.assertEqual(os.getpgid(run.process.pid), run.process.pid)
+        self.assertIs(queuectl.is_locked(run.path), True)
+        with open(self.base + "/go", "w") as fifo:
+            fifo.write("\n")
+        self.assertEqual(self.finish(run), (0, "", b""))
+        self.assertIs(queuectl.is_locked(run.path), False)
+        self.assertIsNone(queuectl.leader(self.notes[-2]))
+
+    def test_a_timeout_ends_the_whole_group_and_who_left_it(self):
+        leaver = "import os,time; os.setsid(); print(os.getpid(), flush=True); time.sleep(60)"
+        run = self.start("trap '' TERM; sh -c 'echo $$ >a; exec sleep 60' & "
+                         "\"%s\" -SEc '%s' >b & wait; wait" % (sys.executable, leaver),
+                         timeout=60000)
+        pids = [self.pid_in(name) for name in "ab"]
+        self.assertEqual(run.deadline, 60.0)
+        run.on_deadline(60.0)
+        run.on_child(60.0)
+        self.assertEqual((run.over, run.deadline), (False, 60.0 + queuectl.GRACE_S))
+        self.assertEqual(self.finish(run, run.deadline), (-9, "timeout", b""))
+        for pid in pids:
+            wait_until(lambda: self.gone(pid), "all of it has ended")
+
+    def test_a_stopped_command_may_end_in_order(self):
+        for reason in ("cancelled", "stopped"):
+            with self.subTest(reason=reason):
+                run = self.start("exec 2>&-; trap 'echo bye; exit 5' TERM; echo 1 >up;"
+                                 "while :; do sleep 0.01; done")
+                self.pid_in("up")
+                run.on_message(reason, 10.0)
+                self.assertEqual(self.finish(run, 10.0), (5, reason, b"bye\n"))
+                os.unlink(self.base + "/up")
+
+    def test_a_completed_command_leaves_its_background_alone(self):
+        run = self.start("sleep 60 & echo $! >a")
+        self.assertEqual(self.finish(run), (0, "", b""))
+        self.assertFalse(self.gone(self.pid_in("a")))
+
+    def test_a_failed_command_leaves_nothing_behind(self):
+        run = self.start("sh -c 'trap \"\" TERM; echo $$ >a; exec sleep 60' & "
+                         "until [ -s a ]; do :; done; exit 3")
+        self.assertEqual(self.finish(run), (3, "", b""))
+        wait_until(lambda: self.gone(self.pid_in("a")), "the background has ended")
+
+    def test_output_is_cut_while_it_runs(self):
+        run = self.start("yes | head -c 5000000; echo end")
+        status, reason, output = self.finish(run)
+        self.assertEqual((status, reason, run.size + run.dropped), (0, "", 5000004))
+        self.assertTrue(output.endswith(b"y\nend\n"))
+        self.assertLessEqual(len(output), queuectl.MIN_RUN_FILE)
+
+    def test_a_command_that_can_not_start_says_why(self):
+        none = self.base + "/none"
+        for order, detail in (({"cwd": none}, none + ": No such file or directory"),
+                              ({"shell": [none]}, none + ": No such file or directory"),
+                              ({"shell": [self.base]}, self.base + ": Permission denied")):
+            with self.subTest(order=order):
+                run = self.start("true", **order)
+                last = self.notes[-1]
+                self.assertEqual((run.over, last["status"], last["reason"]),
+                                 (True, None, "refused"))
+                self.assertEqual(last["detail"], "can't start " + detail)
+
+    def test_want_of_processes_or_descriptors_burns_no_retry(self):
+        for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENOSPC):
+            with self.subTest(number=number), mock.patch(
+                    "subprocess.Popen", side_effect=OSError(number, os.strerror(number))):
+                run = self.start("true")
+                self.assertEqual((run.over, self.notes[-1]["reason"], self.notes[-1]["detail"]),
+                                 (True, "unstarted", "can't start: " + os.strerror(number)))
+
+
+class ProtocolTest(Case):
+    def test_a_request_ends_with_a_newline_or_once_it_is_whole(self):
+        for inbox, requests, rest in (
+                (b"", [], b""), (b"\n \n", [], b""), (b'{"a":1}\n', [b'{"a":1}'], b""),
+                (b'{"a":1}', [b'{"a":1}'], b""), (b'{"a":1} \r', [b'{"a":1} \r'], b""),
+                (b'{"a":{}', [], b'{"a":{}'), (b'{"a":"}', [], b'{"a":"}'), (b"x}", [], b"x}"),
+                (b'{"a":1}\n{"b":2}\n\n{"c"', [b'{"a":1}', b'{"b":2}'], b'{"c"'),
+                (b'{"a":1}\r\n{"b":2}', [b'{"a":1}\r', b'{"b":2}'], b""),
+                (b"junk\n", [b"junk"], b""), (b"\xff}", [], b"\xff}"), (b"[1]", [], b"[1]"),
+                (b"{" * 100000 + b"}", [], b"{" * 100000 + b"}")):
+            with self.subTest(inbox=inbox[:40]):
+                box = bytearray(inbox)
+                self.assertEqual(list(iter(lambda: queuectl.take_request(box), None)), requests)
+                self.assertEqual(bytes(box), rest)
+
+    def test_any_number_of_empty_lines_is_no_request(self):
+        box = bytearray(b"\n" * 65536)
+        self.assertIsNone(queuectl.take_request(box))
+        self.assertEqual(box, b"")
+
+    def test_a_request_too_large_is_refused(self):
+        with mock.patch("queuectl.MAX_REQUEST", 10):
+            self.assertEqual(queuectl.take_request(bytearray(b"x" * 10 + b"\n")), b"x" * 10)
+            self.assertIsNone(queuectl.take_request(bytearray(b"x" * 10)))
+            for inbox in (b"x" * 11, b"x" * 11 + b"\n", b'{"a":"123"}'):
+                with self.subTest(inbox=inbox):
+                    self.refused("at most 10 bytes", queuectl.take_request, bytearray(inbox))
+
+    def test_what_is_no_request_gets_a_clear_error(self):
+        deep = b'{"command":' + b"[" * 100000 + b"]" * 100000 + b"}"
+        self.refusals(queuectl.parse_request, ("JSON in UTF-8", b"\xff", b'{"command":"\xe9"}'),
+                      ("is not JSON", b"x", b"", b'{"command":NaN}'),
+                      ("is an object", b"[]", b'"status"', b"{}", b'{"command":5}', b"null"),
+                      ("nested too deeply", b"[" * 100000, deep))
+        self.assertEqual(queuectl.parse_request(b'{"command":"x"}'), {"command": "x"})
+
+    def test_the_kernel_names_the_peer(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.assertEqual(queuectl.peer_uid(ours), os.geteuid())
+
+
+class OperationsTest(StoreCase):
+    def request(self, **request):
+        with self.store.transaction():
+            return queuectl.perform(queuectl.Context(self.store, NOW, None), request)
+
+    def ask(self, command, option=None, **value):
+        return self.request(command=command, option=option, flag=None, value=value)
+
+    def ids(self):
+        return [job.id for _, job in self.store.jobs(None, 0, 999)]
+
+    def test_enqueue_answers_with_the_id(self):
+        answer = {"success": True, "message": "Job enqueued", "id": "a"}
+        self.assertEqual(self.ask("enqueue", job={"id": "a", "command": "x"}, cwd="/w"), answer)
+        self.assertEqual(self.shown("a", "command", "cwd", "created_at"), ("x", "/w", STAMP))
+        job_id = self.ask("enqueue", job='{"command":"y"}')["id"]
+        self.assertEqual(self.shown(job_id, "command"), ("y",))
+
+    def test_a_duplicate_id_is_refused_and_the_first_stays(self):
+        self.ask("enqueue", job={"id": "a", "command": "first"})
+        with self.assertRaisesRegex(queuectl.Failure, "job id a is taken"):
+            self.ask("enqueue", job={"id": "a", "command": "second"})
+        self.assertEqual((self.shown("a", "command"), self.counts()), (("first",), {"pending": 1}))
+
+    def test_a_held_key_is_answered_with_its_holder(self):
+        job = {"id": "a", "command": "x", "unique": "k"}
+        self.ask("enqueue", job=job)
+        for one in ("a", "b"):
+            with self.subTest(id=one):
+                self.assertEqual(self.ask("enqueue", job=dict(job, id=one)),
+                                 {"success": True, "message": "Job already queued", "id": "a"})
+        self.end(self.claim()[0])
+        self.assertEqual(self.ask("enqueue", job=dict(job, id="c"))["id"], "c")
+
+    def test_a_batch_is_stored_whole(self):
+        jobs = [{"command": "x"}, {"id": "b", "command": "x", "unique": "k"},
+                {"command": "x", "unique": "k"}, {"command": "y"}]
+        answer = self.ask("enqueue", "batch", jobs=jobs, cwd="/w")
+        self.assertEqual((answer["message"], answer["ids"][1:3]), ("Enqueued 3 jobs", ["b", "b"]))
+        self.assertEqual(self.ids(), [answer["ids"][i] for i in (0, 1, 3)])
+        self.assertEqual(self.shown("b", "cwd"), ("/w",))
+
+    def test_a_bad_batch_stores_nothing_and_tells_which(self):
+        self.add("old")
+        good = {"id": "a", "command": "x"}
+        for bad, words in (({"command": ""}, "field command"), (good, "job id a stands twice"),
+                           ({"id": "old", "command": "x"}, "job id old is taken"),
+                           (5, "JSON object")):
+            with self.subTest(bad=bad):
+                with self.assertRaisesRegex(queuectl.Failure, words) as caught:
+                    self.ask("enqueue", "batch", jobs=[good, {"command": "x"}, bad, {}])
+                self.assertEqual((caught.exception.details, self.ids()), ({"index": 2}, ["old"]))
+        for jobs in (None, "x", {}, [good] * (queuectl.BATCH_JOBS + 1)):
+            with self.subTest(jobs=str(jobs)[:20]):
+                self.refused("a list of at most", lambda: self.ask("enqueue", "batch", jobs=jobs))
+
+    def test_dlq_retry_queues_all_or_none(self):
+        self.kill("a", "b")
+        self.add("c")
+        for ids, words in ((["a", "c"], "it is pending"), (["a", "none"], "no such job"),
+                           (["a", "a"], "it is pending"), ([], "name the jobs"), (None, "name the"),
+                           ([5], "name the jobs"), (["a", "\ud800"], "job")):
+            with self.subTest(ids=ids):
+                self.refused(words, lambda: self.ask("dlq", "retry", ids=ids))
+                self.assertEqual(self.counts(), {"dead": 2, "pending": 1})
+        self.assertEqual(self.ask("dlq", "retry", ids=["a", "b"])["message"],
+                         "Jobs a, b added to queue")
+        self.assertEqual(self.shown("a", "state", "attempts"), ("pending", 0))
+
+    def test_config_is_set_got_and_listed(self):
+        self.assertEqual(self.ask("config", "set", key="timeout", value="90s")["message"],
+                         "Updated timeout to 90s")
+        self.assertEqual(self.ask("config", "get", key="timeout")["message"], 90000)
+        self.assertEqual(self.ask("config", "list")["message"], dict(DEFAULTS, timeout=90000))
+        self.refused("field jitter", lambda: self.ask("config", "set", key="jitter", value="x"))
+        self.assertEqual(self.ask("config", "list")["message"], dict(DEFAULTS, timeout=90000))
+
+    def test_lists_come_in_pages_oldest_first(self):
+        self.kill("x")
+        self.add(*"abcdefg")
+        for state, expected in ((None, "xabcdefg"), ("pending", "abcdefg"), ("dead", "x"),
+                                ("failed", "")):
+            with self.subTest(state=state):
+                shown, after, pages = "", 0, 0
+                while after is not None:
+                    answer = self.ask("list", state=state, after=after, limit=3)
+                    after, pages = answer["next"], pages + 1
+                    shown += "".join(job["id"] for job in answer["message"])
+                self.assertEqual((shown, pages), (expected, len(expected) // 3 + 1))
+        self.assertEqual([job["id"] for job in self.ask("dlq", "list")["message"]], ["x"])
+
+    def test_a_write_asked_again_is_only_answered_again(self):
+        request = {"command": "enqueue", "value": '{"command":"x"}', "once": "abc"}
+        first = self.request(**request)
+        self.assertEqual(self.request(**request), first)
+        self.assertNotEqual(self.request(**dict(request, once="abd")), first)
+        self.assertEqual(self.counts(), {"pending": 2})
+
+    def test_the_originals_requests_are_understood(self):
+        self.kill("a")
+        for request, message in (
+                ({"command": "enqueue", "option": None, "flag": None,
+                  "value": '{"id":"b","command":"x"}'}, "Job enqueued"),
+                ({"command": "config", "option": None, "flag": "max-retries", "value": "2"},
+                 "Updated max-retries to 2"),
+                ({"command": "config", "option": "get", "flag": "key", "value": "max-retries"}, 2),
+                ({"command": "dlq", "option": "retry", "value": "a"}, "Job a added to queue"),
+                ({"command": "list", "option": None, "flag": "--state", "value": "dead"}, []),
+                ({"command": "dlq", "option": "list"}, []),
+                ({"command": "worker", "option": "start", "flag": "count", "value": "3"},
+                 "Started 3 workers"),
+                ({"command": "worker", "option": "stop"}, "Stopped workers"),
+                ({"command": "status"}, {"jobs": {"pending": 2, "processing": 0, "completed": 0,
+                                                  "failed": 0, "dead": 0}, "workers": 0})):
+            with self.subTest(request=request):
+                answer = self.request(**request)
+                self.assertEqual((answer["success"], answer["message"]), (True, message))
+
+    def test_bad_arguments_get_a_clear_error(self):
+        for command, option, value, words in (
+                ("fly", None, None, "unknown command"), ("list", "all", None, "unknown command"),
+                ("list", ["x"], None, "unknown command"), ("\ud800", None, None, "unknown command"),
+                ("status", None, "x", "takes no"), ("list", None, {"context": 1}, "takes no"),
+                ("list", None, "odd", "field state"), ("list", None, {"state": []}, "field state"),
+                ("list", None, {"after": "x"}, "field after"),
+                ("list", None, {"limit": 0}, "field after"),
+                ("list", None, {"after": 2 ** 64}, "field after"),
+                ("config", "get", "odd", "unknown setting"),
+                ("config", "get", None, "unknown setting"),
+                ("config", "get", {"key": ["timeout"]}, "unknown setting"),
+                ("config", "set", {"key": {}, "value": 1}, "unknown setting"),
+                ("config", "set", {"key": "timeout"}, "field timeout"),
+                ("config", "set", {"key": "shell", "value": "\ud800"}, "field shell"),
+                ("enqueue", None, None, "a job is a JSON"), ("enqueue", None, "x", "not JSON"),
+                ("enqueue", None, {"job": {"command": "x"}, "cwd": 5}, "field cwd"),
+                ("worker", "start", 0, "field count"), ("worker", "start", True, "field count"),
+                ("worker", "start", "x", "field count"), ("worker", "start", 1001, "field count")):
+            with self.subTest(command=command, option=option, value=value):
+                self.refused(words, lambda: self.request(
+                    command=command, option=option, value=value))
+        self.assertEqual((self.counts(), self.store.wanted()), ({}, 0))
+
 
 # ---- The daemon and its clients -----------------------------------------------------------------
 # Daemons are real processes in a session of their own. Whatever a test leaves running is found
@@ -71,6 +1210,7 @@ class QueueCase(unittest.TestCase):
             return not processes_of(self.dir)
         wait_until(left, "no process is left")
         for daemon in self.daemons:
+            daemon.wait()
             daemon.stdout.close()
 
     def cli(self, *args, stdin=""):
