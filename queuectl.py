@@ -599,6 +599,14 @@ PUBLIC = ("id command state attempts max_retries priority timeout created_at upd
           " locked_at started_at finished_at exit_code error cwd env unique").split()
 
 
+def env_of(text):
+    """The object that a job's `env` stands for; another program may have written anything."""
+    try:
+        return json.loads(text) if text else {}
+    except (ValueError, TypeError):
+        return {}
+
+
 class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".split())):
     """A row of the table jobs. Dates are ISO texts, `env` is JSON text or None, and
 
@@ -614,7 +622,7 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".spl
     def public(self):
         """The job as users see it."""
         shown = dict(zip(PUBLIC, self))
-        shown["env"] = json.loads(self.env) if self.env else {}
+        shown["env"] = env_of(self.env)
         return shown
 
     def waiting(self, due, now):
@@ -852,6 +860,21 @@ MIGRATIONS = (
         WHEN NEW.state IN ('pending', 'failed') AND NEW.due IS NULL AND NEW.ready IS NULL
         BEGIN
             UPDATE jobs SET due = 0 WHERE rowid = NEW.rowid;
+        END""",
+     # Nor any other job with one.
+     """CREATE TRIGGER jobs_parked AFTER UPDATE OF state ON jobs
+        WHEN NEW.state NOT IN ('pending', 'failed')
+            AND (NEW.due IS NOT NULL OR NEW.ready IS NOT NULL)
+        BEGIN
+            UPDATE jobs
+            SET ready = NULL, due = CASE WHEN NEW.state IN ('completed', 'dead') THEN NULL ELSE 0 END
+            WHERE rowid = NEW.rowid;
+        END""",
+     # What another program wants to have run is looked at again.
+     """CREATE TRIGGER jobs_changed AFTER UPDATE OF command, cwd, env ON jobs
+        WHEN OLD.due IS NOT 0 AND (NEW.due IS NOT NULL OR NEW.ready IS NOT NULL)
+        BEGIN
+            UPDATE jobs SET ready = NULL, due = 0 WHERE rowid = NEW.rowid;
         END"""),
 )
 
@@ -1032,9 +1055,9 @@ class Store:
             here = (status.st_dev, status.st_ino)
         except OSError:
             here = None
-        if here != self.file:
+        if here != self.file or not status.st_size:
             self.close()
-            raise Replaced("%s was removed or replaced while in use; nothing more is stored in it"
+            raise Replaced("%s was removed, emptied or replaced in use; nothing more is stored in it"
                            % safe(self.path))
 
     def query(self, sql, values=()):
@@ -1727,7 +1750,7 @@ class Channel:
         elif self.outbox:
             with contextlib.suppress(KeyError):  # already there
                 self.loop.selector.register(self.sock, self.loop.write, self.on_event)
-        elif not self.busy and not self.pages:
+        elif not (self.busy or self.pages or self.inbox):
             self.close()
 
     def close(self):
@@ -1737,20 +1760,31 @@ class Channel:
             self.sock.close()
 
 
-def take_request(inbox):
+def is_whole(inbox):
+    """Whether it is one JSON object; what is nested too deeply to tell may as well be refused."""
+    if inbox.rstrip()[-1:] != b"}":
+        return False
+    try:
+        json.loads(inbox.decode())
+        return True
+    except ValueError:
+        return False
+    except RecursionError:
+        return True
+
+
+def take_request(inbox, ended=False):
     """Remove and return the first whole request in `inbox`, None if there is none yet.
 
-    It ends with a newline or, for clients that send none, once it is one whole JSON object.
-    Raises Failure when it is too large.
+    It ends with a newline; for clients that send none, once it is one whole JSON object, or when
+    they have `ended`. Raises Failure when it is too large.
     """
     if inbox[:1].isspace():
         inbox[:] = inbox.lstrip()
     end = inbox.find(b"\n")
-    if end < 0 and inbox.rstrip()[-1:] == b"}":
-        with contextlib.suppress(ValueError, RecursionError):
-            json.loads(inbox.decode())
-            end = len(inbox)
-    if max(end, 0 if end >= 0 else len(inbox)) > MAX_REQUEST:
+    if end < 0 and inbox and (ended or is_whole(inbox)):
+        end = len(inbox)
+    if end > MAX_REQUEST or (end < 0 and len(inbox) > MAX_REQUEST):
         raise Failure("a request has at most %d bytes" % MAX_REQUEST)
     if end < 0:
         return None
@@ -2139,7 +2173,8 @@ class Pool:
             if claim and claim.timeout and (
                     now > hand.since + claim.timeout / 1000.0 + GRACE_S + SILENT_S):
                 self.log("worker hung: slot %d, pid %d" % (hand.slot, hand.process.pid))
-                os.kill(hand.process.pid, signal.SIGKILL)
+                if hand.process.exitcode is None:  # else the pid may be another's
+                    os.kill(hand.process.pid, signal.SIGKILL)
 
     def stop_commands(self, reason):
         """Have all running commands stopped."""
@@ -2259,7 +2294,8 @@ def resolve(request):
         arguments = {} if value is None else {found.bare: value}
     for name in arguments:
         if name not in found.names:
-            raise Failure("%s takes no argument %s" % (command, safe(str(name)[:80])))
+            raise Failure("%s takes no %s" % (command, "value" if name is None else
+                                              "argument " + safe(str(name)[:80])))
     return found, arguments
 
 
@@ -2445,9 +2481,10 @@ def op_worker_stop(context):
 @operation("daemon", "stop", names=("grace",), bare="grace", needs_daemon=True)
 def op_daemon_stop(context, grace=None):
     """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
-    if grace is not None:
-        grace = as_int(grace, 0, MAX_MS) / 1000.0
-    context.daemon.stop(grace)
+    try:
+        context.daemon.stop(None if grace is None else as_ms(grace) / 1000.0)
+    except ValueError as error:
+        raise BadField("grace", str(error))
     return reply("Daemon stopping", pid=os.getpid())
 
 
@@ -2548,7 +2585,8 @@ def daemon_lock(db):
     while not lock.take():
         text = lock.text()
         lock.release()
-        if text.get("kind") == "daemon" or monotonic() > deadline:
+        daemon = text.get("kind") == "daemon" and process_start(text.get("pid") or 0)
+        if daemon or monotonic() > deadline:  # a dead pid: its successor has yet to sign
             raise Failure("a %s, pid %s, already serves %s; stop it with: daemon stop"
                           % (text.get("kind", "process"), text.get("pid", "unknown"), safe(db)))
         time.sleep(0.02)
@@ -2651,6 +2689,9 @@ def make_server(path, on_connection, on_request):
     server = Server(path, Handler, bind_and_activate=False)
     try:
         server.server_bind()
+    except FileExistsError:
+        server.socket.close()
+        raise
     except OSError as error:
         server.socket.close()
         raise Failure("can't listen at %s: %s; give another --socket"
@@ -2686,15 +2727,19 @@ class Log:
             sys.stderr.flush()
 
 
-def open_store(db, known, wait_s=REACH_S):
-    """The Store, waiting while another program has the database locked."""
-    deadline = monotonic() + wait_s
+def patiently(action):
+    """What `action()` returns, tried again while another program has the database locked."""
+    deadline = monotonic() + REACH_S
     while True:
         try:
-            return Store(db, known)
+            return action()
         except Busy:
             if monotonic() > deadline:
                 raise
+
+
+def open_store(db, known):
+    return patiently(lambda: Store(db, known))
 
 
 class Daemon:
@@ -2729,7 +2774,9 @@ class Daemon:
     def start(self):
         """Take the lock, open everything, settle what is open; returns the ready line."""
         self.lock = daemon_lock(self.db)
-        self.store = open_store(self.db, self.lock.text().get("identity"))
+        identity = self.lock.text().get("identity")
+        self.lock.write("daemon", None, identity)
+        self.store = open_store(self.db, identity)
         self.server = self.listen()
         self.lock.write("daemon", self.sock, self.store.known)
         self.spool = Spool(self.db)
@@ -2753,9 +2800,12 @@ class Daemon:
                     else "not a socket of yours"))
             self.sock, self.sock_given = self.db + ".sock", True
             return self.listen()
-        if state == "stale":
-            remove_stale(self.sock)
-        return make_server(self.sock, self.welcome, self.on_request)
+        try:
+            if state == "stale":
+                remove_stale(self.sock)
+            return make_server(self.sock, self.welcome, self.on_request)
+        except (FileExistsError, FileNotFoundError):  # another daemon was there first
+            return self.listen()
 
     def catch_signals(self):
         """Note them and wake the loop. TERM always works; INT and HUP stay ignored if they were."""
@@ -2772,21 +2822,24 @@ class Daemon:
 
     def take_over(self):
         """What earlier holders of the lock left: open attempts, run files, numbers, workers."""
+        claims, serials = self.store.open_claims(), self.spool.serials()
+        patiently(lambda: self.begin(max(serials, default=0)))
+        self.wanted = self.store.wanted()
+        for claim in claims:
+            self.pool.orphans[claim.serial] = Orphan(claim, monotonic())
+        for serial in set(serials) - {claim.serial for claim in claims}:
+            self.spool.discard(serial)
+
+    def begin(self, serial):
+        """Note the start; no attempt gets a number up to `serial`."""
         store, now = self.store, now_ms()
-        claims = store.open_claims()
-        serials = self.spool.serials()
         with store.transaction():
-            store.raise_serial(max(serials, default=0))
+            store.raise_serial(serial)
             store.recount()
             store.note_startup(now)
             store.pull_in(now)
             if self.wanted is not None:
                 store.set_wanted(self.wanted)
-        self.wanted = store.wanted()
-        for claim in claims:
-            self.pool.orphans[claim.serial] = Orphan(claim, monotonic())
-        for serial in set(serials) - {claim.serial for claim in claims}:
-            self.spool.discard(serial)
 
     def run(self, on_ready):
         """Serve until stopped; the exit status."""
@@ -2815,7 +2868,10 @@ class Daemon:
             self.lock.release()
 
     def finished(self):
-        return self.stopping and not self.pool.hands and not self.writes
+        waited_for = set(self.pool.hands)
+        if self.retry_at is not None:  # noted outcomes wait for the next daemon as well
+            waited_for -= set(self.pool.rung)
+        return self.stopping and not waited_for and not self.writes
 
     def stop(self, grace=None):
         """Claim no more and wait for running jobs; after `grace` s stop them too."""
@@ -2892,27 +2948,31 @@ class Daemon:
         try:
             self.store.read_settings()
             self.chores = self.store.has_chores(now_ms())
+            self.notice_clock()
+        except Replaced:
+            raise
         except StorageError as error:
             self.trouble(error, now)
-        self.notice_clock()
 
     def notice_clock(self):
         """A clock that was set back leaves backoffs too far ahead."""
-        offset, before = now_ms() - int(monotonic() * 1000), self.clock
-        self.clock = offset
-        if abs(offset - before) > 1000:
+        offset = now_ms() - int(monotonic() * 1000)
+        if offset < self.clock - 1000:
+            with self.store.transaction(durable=False):
+                self.store.pull_in(now_ms())
+        if abs(offset - self.clock) > 1000:
             self.store.next_due = None
-            if offset < before:
-                with self.store.transaction(durable=False):
-                    self.store.pull_in(now_ms())
+        self.clock = offset
 
     def reopen_socket(self):
         """Someone removed our socket: listen anew, unless another's is there."""
         if knock(self.sock) is None:
-            self.loop.remove(self.server.socket)
-            self.server.server_close()
-            self.server = make_server(self.sock, self.welcome, self.on_request)
-            self.loop.add(self.server.socket, self.on_connection)
+            with contextlib.suppress(FileExistsError):
+                server = make_server(self.sock, self.welcome, self.on_request)
+                self.loop.remove(self.server.socket)
+                self.server.server_close()
+                self.server = server
+                self.loop.add(server.socket, self.on_connection)
 
     def turn(self, now):
         """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""
@@ -2995,7 +3055,7 @@ class Daemon:
                 "command": claim.command, "shell": split_shell(settings["shell"]),
                 "timeout": claim.timeout, "limit": settings["output-limit"],
                 "cwd": claim.cwd or os.path.dirname(self.db),
-                "env": json.loads(claim.env) if claim.env else {}}
+                "env": env_of(claim.env)}
 
     def put_off(self, error, writes, now):
         """The transaction failed as a whole: outcomes and claims are tried again, requests too
@@ -3058,7 +3118,7 @@ class Daemon:
         channel.taking = True
         while channel.open and not channel.busy and not channel.pages:
             try:
-                data = take_request(channel.inbox)
+                data = take_request(channel.inbox, channel.ended)
             except Failure as error:  # where the next one would begin is unknown
                 del channel.inbox[:]
                 channel.ended = True
@@ -3323,17 +3383,13 @@ class Queue:
             if verdict not in ("leave", "stop"):
                 results.append(orphan_result(claim, verdict, record, spool,
                                              store.settings["output-limit"]))
-        deadline = monotonic() + REACH_S
-        while True:
-            try:
-                with store.transaction(durable=found.writes):
-                    record_results(store, results, now)
-                    adopt_strangers(store, now)
-                    answer = perform(Context(store, now, None), request)
-                break
-            except Busy:
-                if monotonic() > deadline:
-                    raise
+
+        def transact():
+            with store.transaction(durable=found.writes):
+                record_results(store, results, now)
+                adopt_strangers(store, now)
+                return perform(Context(store, now, None), request)
+        answer = patiently(transact)
         for result in results:
             spool.discard(result.claim.serial)
         return answer

@@ -1496,6 +1496,10 @@ class DaemonTest(QueueCase):
             with self.subTest(data=data):
                 self.assertEqual(self.ask(data), status)
         self.assertEqual(self.ask(b'{"command":"status"}', close=True), status)
+        for data in (b"garbage", b"[1]", b'{"command":"sta'):
+            with self.subTest(data=data):
+                self.assertIs(self.ask(data, close=True)["success"], False)
+        self.assertIn("nested", self.ask(b'{"a":' * 100000 + b"1" + b"}" * 100000)["message"])
         for data, words in ((b"garbage\n", "JSON"), (b"\xff\n", "UTF-8"), (b"[]\n", "object"),
                             (b'{"command":"x"}\n', queuectl.VERSION),
                             (b'{"command":"list","value":{"x":1}}\n', "x"),
@@ -1524,6 +1528,20 @@ class DaemonTest(QueueCase):
         self.assertEqual(answers[0]["message"], "Job enqueued")
         self.assertEqual(answers[1]["message"]["jobs"]["pending"], 1)
         self.assertEqual(answers[2]["message"], "Updated jitter to 5")
+
+    def test_many_pipelined_requests_are_answered_in_order(self):
+        self.daemon()
+        lines = "".join('{"command":"echo %s"}\n' % ("x" * 3000) for _ in range(900))
+        self.ok("enqueue", "-", stdin=lines)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(self.sock)
+            client.sendall(b"\n" * 5000 + b'{"command":"list"}\n'
+                           + b'{"command":"status"}\n' * 2000)
+            client.shutdown(socket.SHUT_WR)
+            answers = [json.loads(line)["message"] for line in client.makefile("r")]
+        self.assertEqual([len(answers[0]), len(answers)], [900, 2001])
+        self.assertEqual(answers[-1]["jobs"]["pending"], 900)
 
     def test_the_originals_messages_are_understood(self):
         self.daemon()
@@ -1574,6 +1592,38 @@ class DaemonTest(QueueCase):
         self.assertIn("run_after", dead["error"])
         self.assertTrue(dead["id"])
 
+    def test_states_set_by_another_program_are_heeded(self):
+        for job in "abc":
+            self.enqueue("echo %s >> %s" % (job, self.path("log")), id=job)
+        self.rows("UPDATE jobs SET state = 'dead' WHERE id = 'a'")
+        self.rows("UPDATE jobs SET state = 'completed' WHERE id = 'b'")
+        self.rows("UPDATE jobs SET command = 'echo changed >> %s' WHERE id = 'c'"
+                  % self.path("log"))
+        self.daemon("--workers", "1")
+        self.wait_for("completed", 2)
+        self.assertEqual(self.read("log"), "changed\n")
+        self.rows("UPDATE jobs SET state = 'pending', attempts = 0 WHERE id = 'a'")
+        self.wait_for("completed", 3)
+        self.assertEqual(self.read("log"), "changed\na\n")
+
+    def test_a_daemon_starts_while_another_program_has_the_write_lock(self):
+        self.enqueue("true")
+        with contextlib.closing(sqlite3.connect(self.db, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            daemon = self.spawn("daemon", "--workers", "1")
+            wait_until(lambda: '"kind":"daemon"' in self.read("q.db.lock"), "it has the lock")
+            self.assertIsNone(daemon.poll())
+            other.execute("COMMIT")
+        self.assertIn(b"ready", daemon.stdout.readline())
+        self.wait_for("completed")
+
+    def test_an_emptied_database_stops_the_daemon_without_an_answer(self):
+        daemon = self.daemon()
+        os.truncate(self.db, 0)
+        code, out, _ = self.cli("enqueue", '{"command":"true"}')
+        self.assertEqual((code, out), (1, ""))
+        self.assertEqual(daemon.wait(30), 1)
+
     def test_a_foreign_write_lock_makes_clients_wait_and_jobs_go_on(self):
         self.daemon("--workers", "1")
         self.enqueue(self.gate())
@@ -1592,7 +1642,7 @@ class DaemonTest(QueueCase):
         daemon = self.daemon("--workers", "2")
         os.rename(self.db, self.db + ".moved")
         self.assertEqual(daemon.wait(30), 1)
-        self.assertIn("removed or replaced", self.read("q.db.log"))
+        self.assertIn("was removed", self.read("q.db.log"))
 
     def test_a_client_that_asks_for_another_database_is_told(self):
         self.daemon()
@@ -1826,6 +1876,20 @@ class StoriesTest(QueueCase):
                 self.assertEqual(self.rows(
                     "SELECT error FROM attempts WHERE job = ? AND number = 1", job),
                     [("worker lost",)])
+
+    def test_a_worker_killed_before_its_next_order_costs_nothing(self):
+        daemon = self.daemon("--workers", "1")
+        self.enqueue(self.gate())
+        self.wait_for("processing")
+        second = self.enqueue("true")
+        worker, = self.workers_of(daemon)
+        os.kill(daemon.pid, signal.SIGSTOP)
+        self.open_gate()
+        wait_until(lambda: '"ended"' in self.read("q.db-run/w.1"), "the outcome is noted")
+        os.kill(worker, signal.SIGKILL)
+        os.kill(daemon.pid, signal.SIGCONT)
+        self.wait_for("completed", 2)
+        self.assertEqual(self.job(second)["attempts"], 1)
 
     def test_a_running_jobs_row_changed_by_another_program_runs_once_at_a_time(self):
         self.daemon("--workers", "2")
