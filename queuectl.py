@@ -1008,7 +1008,8 @@ class Store:
             except BaseException:
                 self.rollback()
                 raise
-        self.check_file()
+        if durable:
+            self.check_file()
 
     def in_transaction(self):
         return self.connection is not None and self.connection.in_transaction
@@ -3314,10 +3315,14 @@ class Queue:
 
     def ask_holder(self, request):
         """The lock tells: free, do it here; held, ask its holder, until either works."""
-        if resolve(request)[0].writes or not self.untouched():
-            make_default_folder(self.place)
-        else:
+        if not resolve(request)[0].writes and self.untouched():
             return self.do_here(None, request)
+        if request["command"] == "enqueue" and not os.path.exists(self.place.db):
+            other = self.other_queue()
+            if other:
+                raise Failure("%s does not exist; %s; or name the new queue with --db"
+                              % (safe(self.place.db), other))
+        make_default_folder(self.place)
         deadline, lock = monotonic() + REACH_S, Lock(self.place.db)
         while True:
             try:
@@ -3343,7 +3348,7 @@ class Queue:
             raise Failure("the daemon of %s listens at %s, not at %s; leave out --socket and"
                           " SOCKET_PATH" % (safe(self.place.db), safe(path),
                                             safe(self.place.socket)))
-        if not self.place.db_given and not self.place.socket_given and path != DEFAULT_SOCKET:
+        if path != DEFAULT_SOCKET:
             self.mention_other()
         return path
 
@@ -3357,9 +3362,7 @@ class Queue:
         found, _ = resolve(request)
         if found.needs_daemon:
             raise NoDaemon(self.place.db)
-        if not self.place.db_given and not self.place.socket_given:
-            self.mention_other(creating=request["command"] == "enqueue"
-                               and not os.path.exists(self.place.db))
+        self.mention_other()
         if lock is None:
             store = Store(":memory:")
             answer = perform(Context(store, now_ms(), None), request)
@@ -3394,23 +3397,24 @@ class Queue:
             spool.discard(result.claim.serial)
         return answer
 
-    def mention_other(self, creating=False):
-        """Nothing was given, and a daemon of ours at the default socket serves another queue."""
-        with contextlib.suppress(Failure):
-            if knock(DEFAULT_SOCKET) != "live":
-                return
-            about = ask(DEFAULT_SOCKET, {"command": "daemon", "option": "status"}, 2).get("message")
-            other = about.get("db") if isinstance(about, dict) else None
-            if not other or other == self.place.db:
-                return
-            hint = "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
-                DEFAULT_SOCKET, safe(other), shell_quote(other))
-            if not creating:
-                self.note(hint)
-                return
-        if creating:
-            raise Failure("%s does not exist; %s; or name the new queue with --db"
-                          % (safe(self.place.db), hint))
+    def other_queue(self):
+        """A line for a user who gave nothing, if a daemon of theirs at the default socket serves
+        another queue; else None."""
+        if self.place.db_given or self.place.socket_given or knock(DEFAULT_SOCKET) != "live":
+            return None
+        try:
+            about = ask(DEFAULT_SOCKET, {"command": "daemon", "option": "status"}, 2)["message"]
+            if about["db"] == self.place.db:
+                return None
+        except (Failure, KeyError, TypeError):
+            return None
+        return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
+            DEFAULT_SOCKET, safe(about["db"]), shell_quote(about["db"]))
+
+    def mention_other(self):
+        line = self.other_queue()
+        if line:
+            self.note(line)
 
 
 def start_in_background(place, workers):

@@ -1656,6 +1656,18 @@ class DaemonTest(QueueCase):
         del self.env["DB_PATH"]
         self.assertIn("--db", self.refused("status"))
 
+    def test_with_nothing_given_another_queue_at_the_default_socket_is_mentioned(self):
+        self.daemon()
+        place = queuectl.Place(self.path("new.db"), False, queuectl.DEFAULT_SOCKET, False)
+        said = []
+        queue = queuectl.Queue(place, said.append)
+        with mock.patch("queuectl.DEFAULT_SOCKET", self.sock):
+            queue.call("status")
+            self.assertIn("export DB_PATH=" + self.db, said[0])
+            with self.assertRaisesRegex(queuectl.Failure, "does not exist.*DB_PATH"):
+                queue.call("enqueue", job='{"command":"true"}')
+            self.assertEqual([name for name in os.listdir(self.dir) if "new" in name], [])
+
     @unittest.skipIf(os.geteuid(), "needs root, to be another user")
     def test_another_user_does_not_get_in(self):
         self.daemon()
