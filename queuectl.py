@@ -70,6 +70,8 @@ import functools
 import json
 import os
 import re
+import select
+import selectors
 import signal
 import socket
 import stat
@@ -388,7 +390,9 @@ def process_start(pid):
         with open("/proc/%d/stat" % pid, "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
         return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         if os.path.exists("/proc/self/stat"):
             return ""
     import subprocess
@@ -602,8 +606,9 @@ PUBLIC = ("id command state attempts max_retries priority timeout created_at upd
 def env_of(text):
     """The object that a job's `env` stands for; another program may have written anything."""
     try:
-        return json.loads(text) if text else {}
-    except (ValueError, TypeError):
+        env = json.loads(text) if text else {}
+        return env if isinstance(env, dict) else {}
+    except (ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -694,7 +699,7 @@ def adopted(job, settings, now):
         value = getattr(job, field)
         try:
             job = job._replace(**{field: None if value is None else check(value)})
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             job = job._replace(**{field: escaped(value) if field in ("command", "state") else None})
             return job._replace(state="dead", error="field %s %s" % (field, error),
                                 finished_at=stamp)
@@ -1360,7 +1365,7 @@ class Store:
 # Two locks speak for an attempt when nobody else can: the worker's file is locked as long as the
 # worker lives, the run file as long as the worker or anything that the command left behind.
 
-RECORD_BYTES = 1024
+RECORD_BYTES = 8192  # a detail of 400 characters takes 12 bytes each as JSON, at worst
 UNSTARTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT,
              errno.EROFS, errno.EIO)  # the host's fault, not the job's: burns no retry
 
@@ -1397,7 +1402,7 @@ class Spool:
             return b"", 0
 
     def discard(self, serial):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # what stays is removed at the next start
             os.unlink(self.run(serial))
 
     def serials(self):
@@ -1643,22 +1648,24 @@ class Attempt:
 # JSON over sockets that never block: the loop that watches them, their buffers, where a request
 # ends, and who is at the other end.
 
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
 class Loop:
-    """Descriptors and what to call, with the events that happened, when they are ready."""
+    """Sockets and what to call, with the events that happened, when they are ready."""
 
     def __init__(self):
-        import selectors
         self.selector = selectors.DefaultSelector()
-        self.read, self.write = selectors.EVENT_READ, selectors.EVENT_WRITE
 
-    def add(self, sock, callback):
-        self.selector.register(sock, self.read, callback)
-
-    def want_write(self, sock, wanted):
-        key = self.selector.get_key(sock)
-        events = self.read | (self.write if wanted else 0)
-        if key.events != events:
-            self.selector.modify(sock, events, key.data)
+    def want(self, sock, events, callback):
+        """Watch `sock` for READ, WRITE, both, or 0: not at all."""
+        known = self.selector.get_map().get(sock)
+        if not events:
+            self.remove(sock)
+        elif known is None:
+            self.selector.register(sock, events, callback)
+        elif known.events != events:
+            self.selector.modify(sock, events, callback)
 
     def remove(self, sock):
         with contextlib.suppress(KeyError, ValueError):
@@ -1689,16 +1696,15 @@ class Channel:
         self.open = True
         self.ended = False            # the other side sends no more
         self.busy = False             # a request of it is being worked on
-        self.taking = False           # its inbox is being looked at
         self.active_at = monotonic()
-        loop.add(sock, self.on_event)
+        self.watch()
 
     def on_event(self, events):
-        if events & self.loop.write:
+        if events & WRITE:
             self.flush()
-            if self.open and self.inbox:
+            if self.open:
                 self.on_input(self)
-        if self.open and events & self.loop.read:
+        if self.open and events & READ:
             self.receive()
 
     def receive(self):
@@ -1714,7 +1720,7 @@ class Channel:
             self.on_input(self)
         else:
             self.ended = True
-            self.loop.remove(self.sock)  # it would be "ready" for ever
+            self.watch()  # no longer for reading: it would be "ready" for ever
             self.on_end(self)
 
     def send(self, data):
@@ -1731,6 +1737,7 @@ class Channel:
             pass
         except OSError:
             self.close()
+            self.on_end(self)
             return
         self.watch()
 
@@ -1743,16 +1750,14 @@ class Channel:
         return bool(self.outbox)
 
     def watch(self):
-        """Ask the loop for what this channel waits for; close it once nothing can come."""
-        if not self.open:
-            return
-        if not self.ended:
-            self.loop.want_write(self.sock, bool(self.outbox))
-        elif self.outbox:
-            with contextlib.suppress(KeyError):  # already there
-                self.loop.selector.register(self.sock, self.loop.write, self.on_event)
-        elif not (self.busy or self.pages or self.inbox):
-            self.close()
+        """Ask the loop for what this channel waits for."""
+        if self.open:
+            self.loop.want(self.sock, (0 if self.ended else READ) | (WRITE if self.outbox else 0),
+                           self.on_event)
+
+    def idle(self):
+        """Whether nothing is asked and nothing is left to send."""
+        return not (self.busy or self.pages or self.inbox or self.outbox)
 
     def close(self):
         if self.open:
@@ -1763,7 +1768,7 @@ class Channel:
 
 def is_whole(inbox):
     """Whether it is one JSON object; what is nested too deeply to tell may as well be refused."""
-    if inbox.rstrip()[-1:] != b"}":
+    if inbox[-64:].rstrip()[-1:] != b"}":
         return False
     try:
         json.loads(inbox.decode())
@@ -1858,7 +1863,6 @@ class Worker:
     """The loop of one worker. `sock`: to the daemon; `slot_fd`: its file, locked."""
 
     def __init__(self, sock, slot_fd, spool):
-        import select
         self.sock = sock
         self.slot_fd = slot_fd
         self.spool = spool
@@ -1875,7 +1879,6 @@ class Worker:
         self.poll = select.poll()
         self.poll.register(sock, select.POLLIN)
         self.poll.register(self.wake, select.POLLIN)
-        self.readable = select.POLLIN
 
     def run(self):
         while self.attempt or not self.leaving:
@@ -1914,7 +1917,7 @@ class Worker:
             if self.hearing is not None:
                 self.poll.unregister(self.hearing)
             if wanted is not None:
-                self.poll.register(wanted, self.readable)
+                self.poll.register(wanted, select.POLLIN)
             self.hearing = wanted
 
     def on_daemon(self):
@@ -2151,13 +2154,11 @@ class Pool:
         hand = self.idle.pop(claim.slot)
         hand.claim, hand.since = claim, monotonic()
         hand.channel.send(encode(order))
-        if not hand.channel.open:
-            self.on_death(hand, None)
 
     def on_bell(self, hand, channel):
-        channel.inbox.clear()
-        if hand.claim:
+        if channel.inbox and hand.claim:
             self.rung[hand.slot] = hand
+        channel.inbox.clear()
 
     def on_death(self, hand, _channel):
         if hand.claim:
@@ -2179,7 +2180,7 @@ class Pool:
 
     def stop_commands(self, reason):
         """Have all running commands stopped."""
-        for hand in self.hands.values():
+        for hand in list(self.hands.values()):
             if hand.claim:
                 hand.channel.send(encode({"stop": hand.claim.serial, "reason": reason}))
 
@@ -2785,7 +2786,7 @@ class Daemon:
         self.pool = Pool(self.spool, self.loop, self.log, self.open_files)
         self.catch_signals()
         self.take_over()
-        self.loop.add(self.server.socket, self.on_connection)
+        self.loop.want(self.server.socket, READ, self.on_connection)
         self.log("started: queuectl %s, %s" % (VERSION, plural(self.wanted, "worker")))
         self.step()
         return "queuectl %s daemon ready: pid %d, socket %s, database %s, %s" % (
@@ -2896,9 +2897,9 @@ class Daemon:
     def step(self):
         """Wait for something to do, then do it."""
         self.loop.wait(self.timeout())
-        for _ in self.signals:
+        while self.signals:
+            self.signals.pop()
             self.stop(0.0 if self.stopping else None)
-        del self.signals[:]
         now = monotonic()
         if self.forced_at is not None and now >= self.forced_at:
             self.forced_at = None
@@ -2920,9 +2921,9 @@ class Daemon:
         for moment in (self.forced_at, self.retry_at):
             if moment is not None:
                 at.append(moment)
-        if self.store.next_due is not None:
+        if self.store.next_due is not None and self.retry_at is None:
             at.append(now + (self.store.next_due - now_ms()) / 1000.0)
-        return max(min(at) - now, 0.0 if self.retry_at is None else 0.01)
+        return max(min(at) - now, 0.0)
 
     def wants_turn(self, now):
         if self.retry_at is not None and now < self.retry_at:
@@ -2973,14 +2974,17 @@ class Daemon:
                 self.loop.remove(self.server.socket)
                 self.server.server_close()
                 self.server = server
-                self.loop.add(server.socket, self.on_connection)
+                self.loop.want(server.socket, READ, self.on_connection)
 
     def turn(self, now):
         """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""
         if self.retry_at is not None and now < self.retry_at and not self.writes:
             return
-        limit = self.store.settings["output-limit"]
-        results = self.pool.results(limit, now)
+        try:
+            results = self.pool.results(self.store.settings["output-limit"], now)
+        except OSError as error:  # no descriptors, or the disk fails: nothing is known yet
+            self.trouble(error, now)
+            return
         if not results and not self.wants_turn(now) and not self.due():
             return
         writes, self.writes = self.writes, []
@@ -3048,6 +3052,7 @@ class Daemon:
                 self.pool.uneven = self.hungry = True
                 self.pool.converge(0 if self.stopping else wanted, now)
             self.send(channel, answer)
+            self.pump(channel)
 
     def order(self, claim):
         """What a worker needs to run the claim."""
@@ -3070,6 +3075,7 @@ class Daemon:
                 self.writes.append((channel, request, since))
             else:
                 self.send(channel, error_answer(error))
+                self.pump(channel)
         self.hungry = self.chores = True
         self.trouble(error, now)
 
@@ -3099,38 +3105,33 @@ class Daemon:
             self.server.shutdown_request(request)
 
     def welcome(self, sock):
-        self.channels.add(Channel(sock, self.loop, self.on_input, self.on_end))
+        self.channels.add(Channel(sock, self.loop, self.pump, self.pump))
 
     def part(self, channel):
         channel.close()
         self.channels.discard(channel)
 
-    def on_end(self, channel):
-        """It sends no more; what it asked is still answered."""
-        self.on_input(channel)
-        channel.watch()
-        if not channel.open:
-            self.part(channel)
-
-    def on_input(self, channel):
-        """Take whole requests, one after the other is answered."""
-        if len(channel.inbox) > 2 * MAX_REQUEST:
-            self.part(channel)
-        channel.taking = True
+    def pump(self, channel):
+        """Take whole requests, each after the one before is answered; part when all is said."""
         while channel.open and not channel.busy and not channel.pages:
-            try:
-                data = take_request(channel.inbox, channel.ended)
-            except Failure as error:  # where the next one would begin is unknown
-                del channel.inbox[:]
-                channel.ended = True
-                channel.loop.remove(channel.sock)
-                self.send(channel, error_answer(error))
-                break
+            data = self.next_request(channel)
             if data is None:
                 break
             channel.busy = True
             self.server.finish_request((channel, data), None)
-        channel.taking = False
+        if not channel.open or (channel.ended and channel.idle()):
+            self.part(channel)
+        elif len(channel.inbox) > 2 * MAX_REQUEST:
+            self.part(channel)
+
+    def next_request(self, channel):
+        try:
+            return take_request(channel.inbox, channel.ended)
+        except Failure as error:  # where the next one would begin is unknown
+            del channel.inbox[:]
+            channel.ended = True
+            self.send(channel, error_answer(error))
+            return None
 
     def on_request(self, channel, data):
         """A whole request: reads are done at once, writes in the next turn."""
@@ -3147,25 +3148,24 @@ class Daemon:
         if found.writes:
             self.writes.append((channel, request, monotonic()))
         elif "after" in found.names and "after" not in arguments and "limit" not in arguments:
-            channel.pages = self.pages(request, found, arguments)
+            channel.pages = self.pages(request, arguments)
             self.send(channel, None)
         else:
             self.send(channel, self.answer(request))
 
-    def pages(self, request, found, arguments):
+    def pages(self, request, arguments):
         """A whole list as one answer, a page at a time: the original's client knows no pages."""
-        context = Context(self.store, now_ms(), self)
         start, after = b'{"success":true,"message":[', 0
-        try:
-            while after is not None:
-                answer = found.function(context, after=after, **arguments)
-                after = answer["next"]
-                if answer["message"]:
-                    yield start + compact(answer["message"])[1:-1].encode()
-                    start = b","
-            yield (start if start != b"," else b"") + b"]}\n"
-        except Failure as error:
-            yield encode(error_answer(error))
+        while after is not None:
+            answer = self.answer(dict(request, flag=None, value=dict(arguments, after=after)))
+            if not answer["success"]:
+                yield encode(answer)
+                return
+            after = answer["next"]
+            if answer["message"]:
+                yield start + compact(answer["message"])[1:-1].encode()
+                start = b","
+        yield (start if start != b"," else b"") + b"]}\n"
 
     def answer(self, request):
         """Do it; whatever goes wrong in it is its own trouble alone."""
@@ -3187,14 +3187,9 @@ class Daemon:
             return error_answer(Failure("internal error: %r; see %s" % (error, self.log.path)))
 
     def send(self, channel, answer):
-        """Answer (None: by pages), then look for the next request of that connection."""
+        """Answer; None: by its pages."""
         channel.send(encode(answer) if answer is not None else b"")
         channel.busy = False
-        if not channel.taking:
-            self.on_input(channel)
-        channel.watch()
-        if not channel.open:
-            self.channels.discard(channel)
 
 
 # ---- Client -------------------------------------------------------------------------------------
@@ -3264,7 +3259,8 @@ def ask(path, request, patience=ANSWER_S):
                           " list" % safe(path))
         except OSError as error:
             raise Unreachable("nobody answers at %s: %s" % (safe(path), error.strerror or error))
-    return json.loads(data.decode())
+    answer = decode_json(data.decode("utf-8", "replace"), "the answer from %s" % safe(path))
+    return answer if isinstance(answer, dict) else {}
 
 
 class NobodyThere(Failure):
@@ -3371,8 +3367,8 @@ class Queue:
             lock.write("command", None, identity)
             store = open_store(self.place.db, identity)
             lock.write("command", None, store.known)
-            answer = self.do_in(store, request, found)
-        store.close()
+            with contextlib.closing(store):
+                answer = self.do_in(store, request, found)
         self.note("daemon not running; %s %s" % ("stored in" if found.writes else "read from",
                                                  safe(self.place.db)))
         return answer
@@ -3537,7 +3533,7 @@ def enqueue_lines(queue, args):
     """JSON Lines from stdin, in batches that are each stored whole or not at all."""
     stored = held = last = 0
     progress = sys.stderr.isatty()
-    for lines in batches(sys.stdin.buffer):
+    for lines in batches(sys.stdin.buffer if sys.stdin else ()):
         try:
             jobs = [parse_line(number, line) for number, line in lines]
             answer = queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory())
