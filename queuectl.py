@@ -27,8 +27,9 @@ Life cycle of a job, and what moves it:
   processing -> completed            Store.finish: exit 0
   processing -> failed               Store.finish: will be tried again
   processing -> dead                 Store.finish: out of retries
-  processing -> pending or failed    Store.finish: given back, not counted
+  processing -> pending or failed    Store.give_back: not counted
   dead       -> pending              Store.requeue
+  pending or failed -> processing    Store.put_back: undoes another program's change
 
 On disk: DB (SQLite, WAL), DB.lock (whoever holds its flock may open DB), DB.log, and DB-run/ with
 a file w.N for each worker (lock, slot and mailbox) and a file N for each running attempt.
@@ -67,6 +68,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import os
 import re
@@ -282,8 +284,8 @@ def decode_json(text, what):
 # Files that nobody planted, and processes that are the ones we mean.
 
 
-def refuse_link(path, status):
-    """Raise unless `status` is of a regular file of ours with one name."""
+def check_regular(path, status):
+    """Refuse what is no regular file of ours with one name."""
     if not stat.S_ISREG(status.st_mode):
         raise Failure("%s is not a regular file; move it away" % safe(path))
     if status.st_uid != os.geteuid():
@@ -303,7 +305,7 @@ def open_private(path, flags=os.O_RDWR | os.O_CREAT):
         raise Failure("can't open %s: %s" % (safe(path), error.strerror))
     try:
         status = os.fstat(fd)
-        refuse_link(path, status)
+        check_regular(path, status)
         if stat.S_IMODE(status.st_mode) != 0o600:
             os.fchmod(fd, 0o600)
     except BaseException:
@@ -368,7 +370,7 @@ def check_database(path):
     """Refuse a database with planted files, or one where SQLite's locks don't work."""
     for name in (path, path + "-wal", path + "-shm", path + "-journal"):
         with contextlib.suppress(FileNotFoundError):
-            refuse_link(name, os.lstat(name))
+            check_regular(name, os.lstat(name))
     folder = os.path.dirname(path)
     kind = file_system(folder)
     if re.match(r"nfs|cifs|smb|9p|afs|ceph|gluster|lustre|ncp|fuse\.(ssh|gluster|ceph|s3|rclone)",
@@ -403,7 +405,7 @@ def process_start(pid):
 
 
 def is_locked(path):
-    """True, False, or None when there is no such file."""
+    """True, False, or None when there is no such file. Shared: two lookers don't meet."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -428,8 +430,8 @@ def has_open(pid, fd, wanted):
 
 
 def holders(path):
-    """The pids, but for our own, that have `path` open for writing: `logs` and `tail` only read.
-    Empty where there is no /proc."""
+    """The pids, but for our own, that have `path` open for writing: who only reads it, like
+    tail -f, is no part of the job. Empty where there is no /proc."""
     found = []
     with contextlib.suppress(OSError):
         wanted = os.stat(path)
@@ -674,6 +676,7 @@ def escaped(value):
     return safe(str(value))
 
 
+# NULL may stand in any of these, and dates are in any form: so not FIELDS
 ADOPTED = tuple((field, as_date) for field in (
     "created_at", "updated_at", "run_after", "locked_at", "started_at", "finished_at")) + (
     ("cwd", as_cwd), ("env", lambda text: as_env(json.loads(text))), ("unique", as_unique),
@@ -860,7 +863,8 @@ MIGRATIONS = (
             DELETE FROM attempts WHERE job = OLD.id;
             DELETE FROM unique_keys WHERE key = OLD."unique" AND job = OLD.id;
         END""",
-     # We never leave a waiting job without a turn; another program that sets the state does.
+     # A turn is `due` (a time in ms; 0: to be adopted) or `ready`. We never leave a waiting job
+     # without one; another program that sets the state does.
      """CREATE TRIGGER jobs_revived AFTER UPDATE OF state ON jobs
         WHEN NEW.state IN ('pending', 'failed') AND NEW.due IS NULL AND NEW.ready IS NULL
         BEGIN
@@ -884,7 +888,7 @@ MIGRATIONS = (
 )
 
 # ---- Store --------------------------------------------------------------------------------------
-# The only SQL. Whoever makes a Store holds the queue's lock. Every write is made inside
+# The only SQL but for the schema. Whoever makes a Store holds the queue's lock. Every write is made inside
 # `transaction()`, takes the time as `now` (ms), and names the arrow it stands for.
 
 COLUMNS = ", ".join('"%s"' % name for name in Job._fields)
@@ -906,7 +910,7 @@ class Store:
         self.path = path
         self.known = known
         self.connection = None   # None after trouble: the next use opens anew
-        self.file = None         # (st_dev, st_ino) of the database
+        self.file = None         # os.stat of the database
         self.synchronous = None  # the level last set
         self.settings = {}       # key -> typed value, as of the last `read_settings`
         self.next_due = None     # ms: no job comes due earlier; None: unknown
@@ -925,7 +929,7 @@ class Store:
             try:
                 version = self.identify()
                 if self.path != ":memory:":
-                    self.remember_file()
+                    self.file = os.stat(self.path)
                     if self.value("PRAGMA journal_mode = WAL") != "wal":
                         raise StorageError("%s can't use WAL; check its file system"
                                            % safe(self.path))
@@ -969,10 +973,6 @@ class Store:
             raise self.foreign("is empty" if version == 0 else "is another queue's")
         return version
 
-    def remember_file(self):
-        status = os.stat(self.path)
-        self.file = (status.st_dev, status.st_ino)
-
     def migrate(self, number):
         """Run migration `number` and note it; all or nothing."""
         with self.transaction():
@@ -993,10 +993,9 @@ class Store:
     @contextlib.contextmanager
     def translated(self):
         """sqlite3's errors as ours."""
-        import sqlite3
         try:
             yield
-        except sqlite3.Error as error:
+        except self.error as error:
             raise storage_error(self.path, error)
 
     @contextlib.contextmanager
@@ -1005,7 +1004,10 @@ class Store:
         if self.connection is None:
             self.open()
         with self.translated():
-            self.synchronize("FULL" if durable else "NORMAL")
+            level = "FULL" if durable else "NORMAL"
+            if self.synchronous != level:  # before BEGIN: SQLite ignores it in a transaction
+                self.connection.execute("PRAGMA synchronous = " + level)
+                self.synchronous = level
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -1019,22 +1021,15 @@ class Store:
     def in_transaction(self):
         return self.connection is not None and self.connection.in_transaction
 
-    def synchronize(self, level):
-        """Set before BEGIN: SQLite ignores it inside a transaction."""
-        if self.synchronous != level:
-            self.connection.execute("PRAGMA synchronous = %s" % level)
-            self.synchronous = level
-
     def rollback(self):
         """Undo; after trouble of SQLite's own the connection isn't used again."""
-        import sqlite3
         self.next_due = None
         try:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
-            if isinstance(sys.exc_info()[1], (StorageError, sqlite3.DatabaseError)):
+            if isinstance(sys.exc_info()[1], (StorageError, self.error)):
                 self.close()
-        except sqlite3.Error:
+        except self.error:
             self.close()
 
     @contextlib.contextmanager
@@ -1056,12 +1051,10 @@ class Store:
         writing into a deleted one in silence."""
         if self.file is None:
             return
-        try:
+        status = None
+        with contextlib.suppress(OSError):
             status = os.stat(self.path)
-            here = (status.st_dev, status.st_ino)
-        except OSError:
-            here = None
-        if here != self.file or not status.st_size:
+        if status is None or not os.path.samestat(status, self.file) or not status.st_size:
             self.close()
             raise Replaced("%s was removed, emptied or replaced in use; nothing more is stored in it"
                            % safe(self.path))
@@ -1246,7 +1239,8 @@ class Store:
         self.write("UPDATE totals SET serial = MAX(serial, ?)", (serial,))
 
     def finish(self, claim, verdict, outcome, output, worker, now):
-        """processing -> completed, failed or dead. False if the job was deleted meanwhile."""
+        """processing -> completed, failed or dead; no more than the end of the attempt if another
+        program deleted the job."""
         self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
         status, ended = outcome.status, iso(outcome.ended_at or now)
         code = status if status is not None and status >= 0 and not outcome.reason else None
@@ -1258,14 +1252,13 @@ class Store:
                              WHERE id = ? AND serial = ?""", (
                 verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
                 verdict.error, ended if over else None, ended, claim.job, claim.serial)):
-            return False
+            return
         self.write("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
             claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended, code,
             signal_name(-status) if status is not None and status < 0 else None, verdict.error,
             outcome.dropped, output or None))
         self.count_outcome(verdict, max((outcome.ended_at or now) - claim.started_at, 0))
         self.expect(verdict.due)
-        return True
 
     def count_outcome(self, verdict, runtime):
         if verdict.state == "completed":
@@ -1279,11 +1272,11 @@ class Store:
     def give_back(self, claim, verdict, now):
         """processing -> pending or failed, as it was: the attempt does not count."""
         self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
-        return self.write("""UPDATE jobs
-                             SET state = ?, ready = 1, runs = runs - 1, updated_at = ?,
-                                 locked_at = NULL, serial = NULL
-                             WHERE id = ? AND serial = ?""",
-                          (verdict.state, iso(now), claim.job, claim.serial)) > 0
+        self.write("""UPDATE jobs
+                      SET state = ?, ready = 1, runs = runs - 1, updated_at = ?,
+                          locked_at = NULL, serial = NULL
+                      WHERE id = ? AND serial = ?""",
+                   (verdict.state, iso(now), claim.job, claim.serial))
 
     def requeue(self, job, now):
         """dead -> pending, with its attempts back at 0 and, where it brought none of its own,
@@ -1329,7 +1322,7 @@ class Store:
         """[(rowid, Job)] beyond rowid `after`, oldest first, in `state` or in all (None)."""
         rows = self.query("SELECT rowid, %s FROM jobs WHERE %srowid > :after ORDER BY rowid"
                           " LIMIT :limit" % (COLUMNS, "state = :state AND " if state else ""),
-                          dict({"after": after, "limit": limit}, **({"state": state} if state else {})))
+                          {"after": after, "limit": limit, "state": state})
         return [(row[0], Job._make(row[1:])) for row in rows]
 
     def counts(self):
@@ -1824,7 +1817,7 @@ def encode_request(request):
 
 
 def error_answer(error):
-    """The answer for a Failure, the same over the socket and on stderr."""
+    """The answer for a Failure."""
     return dict({"success": False, "message": "Error: %s" % error}, **error.details)
 
 
@@ -2037,13 +2030,13 @@ class Orphan:
 
     def __init__(self, claim, since):
         self.claim = claim
-        self.since = since      # monotonic
+        self.since = since      # monotonic; at first it is looked at often
         self.kill_at = None     # monotonic: SIGKILL, once it is being stopped
-        self.lives = True       # its worker, another daemon's child, still works at it
+        self.attended = True    # its worker, another daemon's child, still works at it
 
 
-def orphan_result(claim, verdict, record, spool, limit):
-    """The Result for what `settle` says of an attempt whose worker is gone."""
+def result_of(claim, verdict, record, spool, limit, worker=None):
+    """The Result for what `settle` says of an attempt: "take", "give back" or "lost"."""
     output, cut = spool.tail(claim.serial, limit)
     dropped = record.get("dropped", 0) + cut
     if verdict == "take":
@@ -2051,7 +2044,7 @@ def orphan_result(claim, verdict, record, spool, limit):
                           record.get("detail", ""), dropped, record.get("at"))
     else:
         outcome = Outcome(None, "unstarted" if verdict == "give back" else "lost", "", dropped, None)
-    return Result(claim, outcome, output, None)
+    return Result(claim, outcome, output, worker)
 
 
 class Pool:
@@ -2078,13 +2071,13 @@ class Pool:
 
     def count(self):
         """Workers alive: ours, and another daemon's that are still busy."""
-        return len(self.hands) + sum(orphan.lives for orphan in self.orphans.values())
+        return len(self.hands) + sum(orphan.attended for orphan in self.orphans.values())
 
     def converge(self, wanted, now):
         """Start what is missing, retire what is too much, idle ones first."""
         self.reap()
         staying = [hand for hand in self.hands.values() if not hand.leaving]
-        missing = wanted - len(staying) - self.count() + len(self.hands)
+        missing = wanted - len(staying) - (self.count() - len(self.hands))
         for hand in sorted(staying, key=lambda hand: hand.claim is not None)[:max(-missing, 0)]:
             self.retire(hand)
         if missing > 0 and now < self.hold_until:
@@ -2116,9 +2109,7 @@ class Pool:
     def take_slot(self):
         """(number, locked descriptor) of a worker file that nobody uses."""
         used = {orphan.claim.slot for orphan in self.orphans.values()} | set(self.hands)
-        slot = 0
-        while True:
-            slot += 1
+        for slot in itertools.count(1):
             if slot in used:
                 continue
             fd = open_private(self.spool.worker(slot))
@@ -2192,44 +2183,34 @@ class Pool:
         found = []
         for hand in self.rung.values():
             record = self.spool.record(hand.claim)
-            if settle(record, True, True, True, True) == "take":
-                found.append(self.taken(hand.claim, record, limit))
+            if record.get("phase") == "ended":
+                found.append(result_of(hand.claim, "take", record, self.spool, limit,
+                                       hand.process.pid))
         if self.orphans and now >= self.look_at:
             found += self.orphan_results(limit, now)
         return found
-
-    def taken(self, claim, record, limit):
-        """The Result that a worker noted."""
-        output, cut = self.spool.tail(claim.serial, limit) if record.get("size") else (b"", 0)
-        hand = self.hands.get(claim.slot)
-        return Result(claim, Outcome(record.get("status"), record.get("reason", ""),
-                                     record.get("detail", ""), record.get("dropped", 0) + cut,
-                                     record.get("at")),
-                      output, hand.process.pid if hand else None)
 
     def orphan_results(self, limit, now):
         found, soon = [], False
         for orphan in self.orphans.values():
             verdict, record = examine(orphan.claim, self.spool, self.boot)
-            orphan.lives = verdict == "leave"
+            orphan.attended = verdict == "leave"
             if verdict == "stop":
                 self.stop_orphan(orphan, record, now)
                 soon = True
             elif verdict == "leave":
                 soon = soon or now < orphan.since + LOOK_S
             else:
-                found.append(orphan_result(orphan.claim, verdict, record, self.spool, limit))
+                found.append(result_of(orphan.claim, verdict, record, self.spool, limit))
         self.look_at = now + (BUSY_S if soon else LOOK_S)
         return found
 
     def stop_orphan(self, orphan, record, now):
         """SIGTERM, after the grace SIGKILL."""
-        if orphan.kill_at is None:
+        if orphan.kill_at is None or now >= orphan.kill_at:
+            number = signal.SIGTERM if orphan.kill_at is None else signal.SIGKILL
             orphan.kill_at = now + GRACE_S
-            signal_command(leader(record), self.spool.run(orphan.claim.serial), signal.SIGTERM)
-        elif now >= orphan.kill_at:
-            orphan.kill_at = now + GRACE_S
-            signal_command(leader(record), self.spool.run(orphan.claim.serial), signal.SIGKILL)
+            signal_command(leader(record), self.spool.run(orphan.claim.serial), number)
 
     def frees(self, claim):
         """Whether a worker of ours is free for another job once `claim` is closed."""
@@ -3221,7 +3202,7 @@ def locate(db, sock, environ):
     sock = sock or environ.get("SOCKET_PATH") or None
     place = Place(os.path.realpath(db or default_db()), db is not None,
                   os.path.abspath(sock or DEFAULT_SOCKET), sock is not None)
-    if "\0" in place.db or os.path.isdir(place.db):
+    if os.path.isdir(place.db):
         raise Failure("%s is no file for a database; give another --db" % safe(place.db))
     check_socket_path(place.socket)
     return place
@@ -3300,7 +3281,7 @@ class Queue:
         """Only a socket was given: whatever is served there."""
         deadline = monotonic() + REACH_S
         while True:
-            if knock(self.place.socket) not in ("live",):
+            if knock(self.place.socket) != "live":
                 raise NobodyThere(self.place.socket)
             try:
                 return ask(self.place.socket, request)
@@ -3380,8 +3361,8 @@ class Queue:
         for claim in store.open_claims():
             verdict, record = examine(claim, spool, boot)
             if verdict not in ("leave", "stop"):
-                results.append(orphan_result(claim, verdict, record, spool,
-                                             store.settings["output-limit"]))
+                results.append(result_of(claim, verdict, record, spool,
+                                         store.settings["output-limit"]))
 
         def transact():
             with store.transaction(durable=found.writes):
@@ -3419,14 +3400,13 @@ def start_in_background(place, workers):
     command = [sys.executable or "python3", os.path.abspath(__file__), "--db", place.db]
     if place.socket_given:
         command += ["--socket", place.socket]
-    if workers is not None:
-        workers = ["--workers", str(workers)]
-    daemon = subprocess.Popen(command + ["daemon"] + (workers or []), stdin=subprocess.DEVNULL,
+    command += ["daemon"] + (["--workers", str(workers)] if workers is not None else [])
+    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
                               start_new_session=True)
     ready = daemon.stdout.readline()
     if ready:
-        daemon.returncode = 0  # it outlives us: not waited for
+        daemon.returncode = 0  # it outlives us; subprocess would warn that nobody waited
         return ready.decode("utf-8", "replace").strip()
     lines = daemon.stderr.read().decode("utf-8", "replace").strip().splitlines() or ["it died"]
     daemon.wait()
@@ -3621,10 +3601,6 @@ def cmd_daemon_status(queue, args):
     printed(indented(queue.call("daemon", "status")["message"]))
 
 
-def without_id(answer):
-    return {"success": True, "message": answer["message"]}
-
-
 @subcommand("worker start", arg("--count", type=count_flag, default=1, metavar="N",
                              help="how many (default 1)"),
          examples=("worker start", "worker start --count 3"))
@@ -3632,7 +3608,7 @@ def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many."""
     for last in (False, True):
         try:
-            printed(compact(without_id(queue.call("worker", "start", count=args.count))))
+            printed(compact(queue.call("worker", "start", count=args.count)))
             return
         except (NoDaemon, NobodyThere):
             make_default_folder(queue.place)
@@ -3648,7 +3624,7 @@ def cmd_worker_start(queue, args):
 @subcommand("worker stop", examples=("worker stop", "--db /srv/q.db worker stop"))
 def cmd_worker_stop(queue, args):
     """End each worker after its current job; none is wanted any more."""
-    printed(compact(without_id(queue.call("worker", "stop"))))
+    printed(compact(queue.call("worker", "stop")))
 
 
 @subcommand("status", examples=("status", "status | grep pending"))
@@ -3690,14 +3666,14 @@ def cmd_dlq_list(queue, args):
          examples=("dlq retry hello", "dlq retry job-1 job-2"))
 def cmd_dlq_retry(queue, args):
     """Queue dead jobs again, their attempts back at 0."""
-    printed(compact(without_id(queue.call("dlq", "retry", ids=args.ids))))
+    printed(compact(queue.call("dlq", "retry", ids=args.ids)))
 
 
 @subcommand("config set", arg("key", help=", ".join(SETTINGS)), arg("value"),
          examples=("config set max-retries 5", "config set timeout 10m"))
 def cmd_config_set(queue, args):
     """Change a setting. Times are milliseconds, or like 90s, 5m, 2h, 1d."""
-    printed(compact(without_id(queue.call("config", "set", key=args.key, value=args.value))))
+    printed(compact(queue.call("config", "set", key=args.key, value=args.value)))
 
 
 @subcommand("config get", arg("key", help=", ".join(SETTINGS)),
