@@ -3727,7 +3727,7 @@ def overview(prefix=""):
 
 
 def parse_group(name, rest):
-    """`queuectl dlq` alone: its help, or what is known instead."""
+    """`queuectl dlq` alone: its help, or an error that tells what is known. Does not return."""
     known = [full for full in COMMANDS if full.startswith(name + " ")]
     if known and set(rest) & {"-h", "--help"}:
         examples = [example for full in known for example in COMMANDS[full][2][:1]]
@@ -3737,27 +3737,36 @@ def parse_group(name, rest):
         safe(" ".join([name] + rest[:1])), ", ".join(known or COMMANDS)))
 
 
-def parse(argv):
-    """(function, arguments) of a command line. Only the parser that is needed is made."""
-    top = new_parser("queuectl", description=__doc__.partition("\n\n")[0], epilog=overview()
-                     + "\n\nexamples:\n" + __doc__.split("\n\n")[1]
-                     + "\n\nqueuectl COMMAND --help tells more.")
-    top.add_argument("--version", action="version", version="queuectl " + VERSION)
-    top.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
-    args = top.parse_args(argv)
+def parse_global(argv):
+    """The arguments that stand before a command; `words` are the command and what follows."""
+    parser = new_parser("queuectl", description=__doc__.partition("\n\n")[0], epilog=overview()
+                        + "\n\nexamples:\n" + __doc__.split("\n\n")[1]
+                        + "\n\nqueuectl COMMAND --help tells more.")
+    parser.add_argument("--version", action="version", version="queuectl " + VERSION)
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    args = parser.parse_args(argv)
     if not args.words:
         raise Usage("a command is missing; see: queuectl --help")
-    name = " ".join(args.words[:2])
+    return args
+
+
+def parse(argv):
+    """(function, arguments) of a command line. Only the parsers that are needed are made."""
+    args, words = argparse.Namespace(), argv
+    if not argv or argv[0].startswith("-"):
+        args = parse_global(argv)
+        words = args.words
+    name = " ".join(words[:2])
     if name not in COMMANDS:
-        name = args.words[0]
+        name = words[0]
     if name not in COMMANDS:
-        return parse_group(name, args.words[1:])
+        parse_group(name, words[1:])
     function, arguments, examples = COMMANDS[name]
     parser = new_parser("queuectl " + name, description=function.__doc__, epilog="examples:\n"
                         + "\n".join("  queuectl " + example for example in examples))
     for names, options in arguments:
         parser.add_argument(*names, **options)
-    return function, parser.parse_args(args.words[len(name.split()):], namespace=args)
+    return function, parser.parse_args(words[len(name.split()):], namespace=args)
 
 
 def prepare_stdio():
