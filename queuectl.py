@@ -496,24 +496,32 @@ def split_shell(text):
     return argv
 
 
+def checked(field, check, *values):
+    """What `check(*values)` returns; its ValueError as a BadField."""
+    try:
+        return check(*values)
+    except ValueError as error:
+        raise BadField(field, str(error))
+
+
+def typed(setting, text):
+    """The value of a Setting from its text; ValueError when it can't be one."""
+    if setting.kind == "choice":
+        if text not in setting.low:
+            raise ValueError("must be one of " + ", ".join(setting.low))
+        return text
+    if setting.kind == "argv":
+        return " ".join(split_shell(text)) and text
+    number = parse_duration(text, bare="ms") if setting.kind == "ms" else whole(text)
+    return in_range(number, setting.low, setting.high)
+
+
 def read_setting(key, value):
     """The typed value of setting `key` given as text or number; BadField, or Failure if unknown."""
     if not isinstance(key, str) or key not in SETTINGS:
         raise Failure("unknown setting %s; known are %s"
                       % (safe(str(key)[:80]), ", ".join(SETTINGS)))
-    kind, low, high = SETTINGS[key][1:4]
-    text = str(value).strip()
-    try:
-        if kind == "choice":
-            if text not in low:
-                raise ValueError("must be one of " + ", ".join(low))
-            return text
-        if kind == "argv":
-            return " ".join(split_shell(text)) and text
-        number = parse_duration(text, bare="ms") if kind == "ms" else whole(text)
-        return in_range(number, low, high)
-    except ValueError as error:
-        raise BadField(key, str(error))
+    return checked(key, typed, SETTINGS[key], str(value).strip())
 
 
 def is_text(value):
@@ -648,10 +656,7 @@ def make_job(given, settings, now, cwd=None, job_id=None):
     for name, value in dict({} if cwd is None else {"cwd": cwd}, **given).items():
         if name not in FIELDS:
             raise BadField(name, "is unknown; known are " + ", ".join(FIELDS))
-        try:
-            fields[name] = FIELDS[name](value)
-        except ValueError as error:
-            raise BadField(name, str(error))
+        fields[name] = checked(name, FIELDS[name], value)
     if "command" not in fields:
         raise BadField("command", "is required")
     own = OWN_TIMEOUT * ("timeout" in fields) + OWN_RETRIES * ("max_retries" in fields)
@@ -2296,19 +2301,9 @@ def perform(context, request):
     return answer
 
 
-def given_count(value):
+def as_count(value):
     """A number of workers, as a number or as text."""
-    try:
-        return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
-    except ValueError as error:
-        raise BadField("count", str(error))
-
-
-def check_state(state):
-    try:
-        return None if state is None else as_state(state)
-    except (ValueError, TypeError) as error:
-        raise BadField("state", str(error))
+    return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
 
 
 def refuse_taken(store, job_id):
@@ -2367,11 +2362,10 @@ def op_status(context):
 @operation("list", names=("state", "after", "limit"), bare="state")
 def op_list(context, state=None, after=0, limit=PAGE_JOBS):
     """A page of jobs, oldest first, beyond `after`; `next` is what comes after, None at the end."""
-    state = check_state(state)
-    try:
-        after, limit = as_int(after, 0, 1 << 62), as_int(limit, 1, PAGE_JOBS)
-    except ValueError as error:
-        raise BadField("after or limit", str(error))
+    if state is not None:
+        state = checked("state", as_state, state)
+    after = checked("after", as_int, after, 0, 1 << 62)
+    limit = checked("limit", as_int, limit, 1, PAGE_JOBS)
     page, size = [], 0
     while len(page) < limit and size < PAGE_BYTES:
         wanted = min(limit - len(page), 50)
@@ -2447,7 +2441,7 @@ def op_metrics(context):
 
 @operation("worker", "start", names=("count",), bare="count", writes=True, needs_daemon=True)
 def op_worker_start(context, count=1):
-    count = given_count(count)
+    count = checked("count", as_count, count)
     wanted = count + context.store.wanted()
     if wanted > MAX_WORKERS:
         raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted - count))
@@ -2464,10 +2458,9 @@ def op_worker_stop(context):
 @operation("daemon", "stop", names=("grace",), bare="grace", needs_daemon=True)
 def op_daemon_stop(context, grace=None):
     """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
-    try:
-        context.daemon.stop(None if grace is None else as_ms(grace) / 1000.0)
-    except ValueError as error:
-        raise BadField("grace", str(error))
+    if grace is not None:
+        grace = checked("grace", as_ms, grace) / 1000.0
+    context.daemon.stop(grace)
     return reply("Daemon stopping", pid=os.getpid())
 
 

@@ -1152,7 +1152,7 @@ class OperationsTest(StoreCase):
                 ("status", None, "x", "takes no"), ("list", None, {"context": 1}, "takes no"),
                 ("list", None, "odd", "field state"), ("list", None, {"state": []}, "field state"),
                 ("list", None, {"after": "x"}, "field after"),
-                ("list", None, {"limit": 0}, "field after"),
+                ("list", None, {"limit": 0}, "field limit"),
                 ("list", None, {"after": 2 ** 64}, "field after"),
                 ("config", "get", "odd", "unknown setting"),
                 ("config", "get", None, "unknown setting"),
