@@ -2048,7 +2048,9 @@ def result_of(claim, verdict, record, spool, limit, worker=None):
         outcome = Outcome(record.get("status"), record.get("reason", ""),
                           record.get("detail", ""), dropped, record.get("at"))
     else:
-        outcome = Outcome(None, "unstarted" if verdict == "give back" else "lost", "", dropped, None)
+        never_ran = "its worker ended before it began"
+        outcome = Outcome(None, *(("unstarted", never_ran) if verdict == "give back"
+                                  else ("lost", "")), dropped, None)
     return Result(claim, outcome, output, worker)
 
 
@@ -2892,6 +2894,8 @@ class Daemon:
         at = [self.look_at]
         if self.pool.orphans:
             at.append(self.pool.look_at)
+        if now < self.pool.hold_until and (self.pool.uneven or self.hungry):
+            at.append(self.pool.hold_until)
         for moment in (self.forced_at, self.retry_at):
             if moment is not None:
                 at.append(moment)

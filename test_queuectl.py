@@ -1970,6 +1970,574 @@ class StoriesTest(QueueCase):
         self.assertEqual(self.ok("status")["workers"], 1)
 
 
+# ---- Faults -------------------------------------------------------------------------------------
+# Daemons whose functions were replaced, so that they die, or the host fails them, at a known point.
+
+DRIVER = """
+import os, signal, sqlite3, sys
+sys.path.insert(0, sys.argv.pop(1))
+import queuectl
+
+def passed(path, n):
+    "Kill this process at the n-th pass, counted over all processes."
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(fd, b".")
+    if os.lseek(fd, 0, os.SEEK_CUR) == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(fd)
+
+def around(owner, name, before, point):
+    "Have point() called before or after each call."
+    inner = getattr(owner, name)
+    def outer(*args, **named):
+        if before:
+            point()
+        value = inner(*args, **named)
+        if not before:
+            point()
+        return value
+    setattr(owner, name, outer)
+
+def on_sql(hook):
+    "Have hook(connection, sql, run) called for each statement."
+    class Connection(sqlite3.Connection):
+        def execute(self, sql, *values):
+            return hook(self, sql, lambda: sqlite3.Connection.execute(self, sql, *values))
+    connect = sqlite3.connect
+    sqlite3.connect = lambda *args, **named: connect(*args, factory=Connection, **named)
+
+%s
+queuectl.prepare_stdio()
+queuectl.leave(queuectl.main(sys.argv[1:]))
+"""
+
+
+class FaultCase(QueueCase):
+    PROBE = ("exec 9>>%(dir)s/probe.$QUEUECTL_JOB_ID; flock -n 9 || echo $QUEUECTL_JOB_ID >>"
+             " %(dir)s/overlaps; echo $QUEUECTL_JOB_ID >> %(dir)s/log")
+
+    def started(self, argv, ready=True, **options):
+        """A process of any kind, killed in cleanup like all."""
+        options.setdefault("env", self.env)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   start_new_session=True, **options)
+        self.daemons.append(process)
+        if ready:
+            self.assertIn(b"ready", process.stdout.readline())
+        return process
+
+    def driven(self, code, *args, ready=True):
+        """A daemon that has run `code` before its start."""
+        return self.started([sys.executable, "-c", DRIVER % code, HERE, "daemon"] + list(args),
+                            ready)
+
+    def probe(self, job_id, then=""):
+        """Enqueue a job that tells of any overlap, and logs its run."""
+        return self.enqueue(self.PROBE % {"dir": self.dir} + then, id=job_id)
+
+    def unfinished(self):
+        return self.rows("""SELECT COUNT(*) FROM jobs
+                            WHERE state NOT IN ('completed', 'dead')""") != [(0,)]
+
+    def check(self, ids, lost=0):
+        """Every job ran, completed and was counted once, but for so many lost attempts."""
+        self.assertEqual(self.rows("PRAGMA integrity_check"), [("ok",)])
+        self.assertEqual(self.rows("SELECT id, state FROM jobs ORDER BY id"),
+                         [(job_id, "completed") for job_id in sorted(ids)])
+        self.assertEqual(self.rows("""SELECT id FROM jobs WHERE attempts != runs OR runs != (
+            SELECT COUNT(*) FROM attempts WHERE job = jobs.id)"""), [])
+        self.assertEqual(self.rows("SELECT COUNT(*) FROM running"), [(0,)])
+        self.assertEqual(self.rows("SELECT SUM(attempts) FROM jobs"), [(len(ids) + lost,)])
+        self.assertEqual(self.rows("SELECT COUNT(*) FROM attempts WHERE error = 'worker lost'"),
+                         [(lost,)])
+        self.assertEqual(self.read("overlaps"), "")
+        ran = self.read("log").split()
+        self.assertEqual(set(ran), set(ids))
+        self.assertLessEqual(len(ran), len(ids) + lost)
+
+
+@unittest.skipUnless(shutil.which("flock"), "needs flock(1)")
+class FailpointTest(FaultCase):
+    """kill -9 at the n-th pass of a point, n upward until a run completes."""
+
+    def kill_at(self, point, jobs=2, lost=0, worker=False, at_least=1):
+        """`point`: code that calls die() where it is to happen; `lost`: attempts that each kill
+        costs; `worker`: it is one that dies, and its daemon makes it good."""
+        ids, losses = [], 0
+        self.ok("config", "set", "delay-base", "1")
+        for n in itertools.count(1):
+            ids += [self.probe("%d.%d" % (n, i)) for i in range(jobs)]
+            passes = self.path("passes%d" % n)
+            daemon = self.driven("die = lambda: passed(%r, %d)\n%s" % (passes, n, point),
+                                 "--workers", "2", ready=False)
+
+            def died():
+                return os.path.exists(passes) and os.path.getsize(passes) >= n
+            wait_until(lambda: daemon.poll() is not None or not self.unfinished(), "its end")
+            if not worker:
+                self.kill(daemon)
+            if died():
+                losses += lost
+                if not worker:
+                    daemon = self.daemon("--workers", "2")
+            wait_until(lambda: not self.unfinished(), "all is done")
+            self.kill(daemon)
+            with self.subTest(pass_number=n):
+                self.check(ids, losses)
+            if not died():
+                break
+        self.assertGreater(n, at_least)
+        return n
+
+    def test_the_daemon_dies_before_a_commit(self):
+        self.kill_at("on_sql(lambda _, sql, run: (sql == 'COMMIT' and die(), run())[1])",
+                     at_least=3)
+
+    def test_the_daemon_dies_after_a_commit(self):
+        self.kill_at("on_sql(lambda _, sql, run: (run(), sql == 'COMMIT' and die())[0])",
+                     at_least=3)
+
+    def test_the_daemon_dies_before_it_hands_a_job_over(self):
+        self.kill_at("around(queuectl.Pool, 'hand_out', True, die)", at_least=2)
+
+    def test_the_daemon_dies_after_it_handed_a_job_over(self):
+        self.kill_at("around(queuectl.Pool, 'hand_out', False, die)", at_least=2)
+
+    def test_the_daemon_dies_before_it_frees_the_worker_of_a_stored_outcome(self):
+        self.kill_at("around(queuectl.Pool, 'close', True, die)", at_least=2)
+
+    def test_a_worker_dies_before_it_starts_a_command(self):
+        self.kill_at("around(queuectl.Attempt, 'spawn', True, die)", jobs=1, lost=1, worker=True)
+
+    def test_a_worker_dies_once_its_command_runs(self):
+        self.kill_at("around(queuectl.Attempt, 'spawn', False, die)", jobs=1, lost=1, worker=True)
+
+    def test_a_worker_dies_before_it_notes_an_outcome(self):
+        self.kill_at("around(queuectl.Attempt, 'finish', True, die)", jobs=1, lost=1, worker=True)
+
+    def test_a_worker_dies_after_it_noted_an_outcome(self):
+        self.kill_at("around(queuectl.Attempt, 'finish', False, die)", worker=True, at_least=2)
+
+    def test_the_daemon_dies_between_a_commit_and_the_answer(self):
+        ids = []
+        for n in itertools.count(1):
+            passes = self.path("passes%d" % n)
+            daemon = self.driven("around(queuectl.Daemon, 'send', True, lambda: passed(%r, %d))"
+                                 % (passes, n), "--workers", "2")
+            ids += [self.probe("%d.%d" % (n, i)) for i in range(2)]  # asks again by itself
+            alive = daemon.poll() is None
+            self.kill(daemon)
+            daemon = self.daemon()
+            wait_until(lambda: not self.unfinished(), "all is done")
+            self.kill(daemon)
+            with self.subTest(pass_number=n):
+                self.check(ids)
+            if alive:
+                break
+        self.assertEqual(n, 3)
+
+    def test_a_migration_killed_at_any_statement_is_begun_anew(self):
+        for n in itertools.count(1):
+            with contextlib.closing(sqlite3.connect(self.db)) as original, original:
+                original.executescript(ORIGINAL)
+            os.chmod(self.db, 0o600)
+            code = ("count = 0\n"
+                    "def hook(connection, sql, run):\n"
+                    "    global count\n"
+                    "    count += connection.in_transaction\n"
+                    "    if count == %d: os.kill(os.getpid(), signal.SIGKILL)\n"
+                    "    return run()\n"
+                    "on_sql(hook)\nqueuectl.Store(%r).close()\nos._exit(0)" % (n, self.db))
+            pid = os.fork()  # a new interpreter for each statement would take long
+            if not pid:
+                try:
+                    exec(DRIVER.partition("%s")[0].replace(
+                        "sys.path.insert(0, sys.argv.pop(1))", "") + code, {})
+                finally:
+                    os._exit(1)
+            status = os.waitpid(pid, 0)[1]
+            self.assertIn(status, (0, signal.SIGKILL))
+            with self.subTest(statement=n):
+                self.assertEqual(self.rows("PRAGMA integrity_check"), [("ok",)])
+                self.assertEqual([job["id"] for job in self.jobs()], ["old"])
+                self.assertEqual(self.ok("config", "get", "timeout"), 7000)
+            for name in os.listdir(self.dir):
+                os.unlink(self.path(name))
+            if status == 0:
+                break
+        self.assertGreater(n, 20)
+
+
+AS_NOBODY = ("import os, socket, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+             "s = socket.socket(socket.AF_UNIX)\n")
+
+
+def as_nobody(code, *args):
+    """The stdout of Python code run by another user."""
+    return subprocess.check_output([sys.executable, "-c", AS_NOBODY + code] + list(args)).decode()
+
+
+@unittest.skipIf(os.geteuid(), "needs root, to be another user")
+class SecurityTest(FaultCase):
+    """What another user may try."""
+
+    def squatter(self, path):
+        """A live server of nobody's, that prints how many bytes its first client sent."""
+        return self.started([sys.executable, "-c", AS_NOBODY + (
+            "s.bind(sys.argv[1]); s.listen(5); print('ready', flush=True)\n"
+            "print(len(s.accept()[0].recv(99)), flush=True); s.accept()"), path])
+
+    def open_folder(self, name):
+        """A directory that everybody may write, as /tmp without its sticky bit."""
+        os.chmod(self.dir, 0o755)
+        os.mkdir(self.path(name))
+        os.chmod(self.path(name), 0o777)
+        return self.path(name)
+
+    def test_nobody_gets_in_even_if_the_modes_were_opened(self):
+        self.daemon()
+        os.chmod(self.dir, 0o755)
+        self.assertIn("PermissionError", as_nobody(
+            "try: s.connect(sys.argv[1])\n"
+            "except OSError as error: print(repr(error))", self.sock))
+        os.chmod(self.sock, 0o666)
+        answer = as_nobody(
+            "s.connect(sys.argv[1])\n"
+            "try: s.sendall(b'{\"command\":\"enqueue\",\"value\":{\"command\":\"true\"}}\\n')\n"
+            "except OSError: pass\n"
+            "print(s.recv(4096).decode())", self.sock)
+        self.assertIn("another user", answer)
+        self.assertEqual(self.jobs(), [])
+
+    def test_a_squatted_socket_path_is_an_error_and_left_alone(self):
+        server = socket.socket(socket.AF_UNIX)
+        self.addCleanup(server.close)
+
+        def live(path):
+            server.bind(path)
+            server.listen(5)
+        os.chmod(self.dir, 0o755)
+        for plant in (lambda path: open(path, "w").close(), os.mkdir,
+                      lambda path: os.symlink("/etc/passwd", path),
+                      lambda path: os.symlink(self.path("nowhere"), path), live):
+            plant(self.sock)
+            os.lchown(self.sock, 65534, 65534)
+            before = os.lstat(self.sock)
+            with self.subTest(mode=oct(before.st_mode)):
+                self.assertIn("not a socket of yours", self.refused("daemon"))
+                after = os.lstat(self.sock)
+                self.assertEqual((after.st_ino, after.st_mode, after.st_uid),
+                                 (before.st_ino, before.st_mode, 65534))
+                self.assertFalse(os.path.exists(self.path("nowhere")))
+            (os.rmdir if stat.S_ISDIR(before.st_mode) else os.unlink)(self.sock)
+
+    def test_a_squatted_default_socket_moves_the_daemon_beside_its_database(self):
+        path = self.open_folder("tmp") + "/s"
+        del self.env["SOCKET_PATH"]
+        self.squatter(path)
+        self.driven("queuectl.DEFAULT_SOCKET = %r" % path, "--workers", "1")
+        with mock.patch("queuectl.DEFAULT_SOCKET", path):
+            self.enqueue("true")
+            self.wait_for("completed")
+            self.assertEqual(self.ok("daemon", "status")["socket"], self.db + ".sock")
+        self.assertEqual(os.lstat(path).st_uid, 65534)
+
+    def test_roots_client_tells_another_users_server_nothing(self):
+        path = self.env["SOCKET_PATH"] = self.open_folder("tmp") + "/s"
+        self.daemon()
+        as_nobody("os.rename(sys.argv[1], sys.argv[1] + '.old')", path)
+        squatter = self.squatter(path)
+        self.assertIn("another user (uid 65534)", self.refused("enqueue", '{"command":"true"}'))
+        self.assertEqual(squatter.stdout.readline(), b"0\n")
+        del self.env["DB_PATH"]
+        self.assertIn("no daemon at", self.refused("status"))
+
+    def test_planted_links_are_not_followed(self):
+        target, mine = self.path("target"), self.path("queue")
+        os.mkdir(mine)
+        self.env["DB_PATH"] = self.db = mine + "/q.db"
+        for suffix, link, words in ((".lock", os.symlink, "symbolic link"),
+                                    (".lock", os.link, "hard link"), (".log", os.symlink, None),
+                                    (".log", os.link, None), ("", os.link, "hard link"),
+                                    ("-run", os.symlink, "not a directory"),
+                                    ("-run", os.link, "not a directory"),
+                                    ("-wal", os.symlink, "not a regular")):
+            with open(target, "w") as file:
+                file.write("precious")
+            os.chmod(target, 0o644)
+            link(target, self.db + suffix)
+            with self.subTest(suffix=suffix, link=link.__name__):
+                if words:
+                    self.assertIn(words, self.refused("daemon"))
+                else:
+                    daemon = self.daemon()  # does without its log
+                    self.assertEqual(self.ok("status")["workers"], 0)
+                    self.kill(daemon)
+                self.assertEqual((self.read("target"), os.stat(target).st_mode & 0o777),
+                                 ("precious", 0o644))
+            shutil.rmtree(mine)
+            os.mkdir(mine)
+        os.makedirs(self.path("elsewhere"))
+        os.symlink(self.path("elsewhere"), self.db + "-run")
+        self.assertIn("not a directory of yours", self.refused("daemon"))
+        os.unlink(self.db + "-run")
+        os.mkdir(self.db + "-run")
+        os.chown(self.db + "-run", 65534, 65534)
+        self.assertIn("not a directory of yours", self.refused("daemon"))
+        self.assertEqual(os.listdir(self.path("elsewhere")), [])
+
+    def test_root_refuses_what_another_user_can_write(self):
+        self.enqueue("true")
+        job = '{"command":"true"}'
+        for path, uid, mode, words in (
+                (self.db, 65534, 0o600, "belongs to another user (uid 65534)"),
+                (self.db, 0, 0o606, "can be written by others"),
+                (self.db + ".lock", 65534, 0o600, "belongs to another user (uid 65534)"),
+                (self.dir, 65534, 0o700, "can be written by others than root"),
+                (self.dir, 0, 0o777, "can be written by others than root")):
+            before = os.stat(path)
+            os.chown(path, uid, uid)
+            os.chmod(path, mode)
+            for args in (("daemon",), ("enqueue", job), ("list",)):
+                with self.subTest(path=path, mode=oct(mode), args=args):
+                    self.assertIn(words, self.refused(*args))
+            os.chown(path, 0, 0)
+            os.chmod(path, before.st_mode & 0o777)
+        self.assertEqual(len(self.jobs()), 1)
+
+    def test_all_files_are_private_whatever_the_umask(self):
+        for mask in (0o000, 0o077):
+            folder = self.path("%03o" % mask)
+            os.mkdir(folder, 0o700)
+            self.env.update(DB_PATH=folder + "/q.db", SOCKET_PATH=folder + "/s")
+            self.db = folder + "/q.db"
+            with umask(mask):
+                daemon = self.daemon("--workers", "1")
+            self.enqueue(self.gate("gate%d" % mask))
+            wait_until(lambda: os.path.exists(self.db + "-run/1"), "its run file")
+            found = [os.path.join(above, name) for above, folders, files in os.walk(folder)
+                     for name in folders + files]
+            modes = {path[len(folder):]: os.lstat(path).st_mode & 0o7777 for path in found}
+            with self.subTest(umask=oct(mask)):
+                self.assertEqual(modes.pop("/q.db-run"), 0o700)
+                self.assertEqual(modes, dict.fromkeys((
+                    "/s", "/q.db", "/q.db-wal", "/q.db-shm", "/q.db.lock", "/q.db.log",
+                    "/q.db-run/1", "/q.db-run/w.1"), 0o600))
+            self.open_gate("gate%d" % mask)
+            self.kill(daemon)
+
+    def test_modules_beside_the_script_or_in_its_directory_are_not_imported(self):
+        shutil.copy(SCRIPT, self.dir)
+        for name in ("json argparse sqlite3 selectors socketserver subprocess multiprocessing"
+                     " traceback random shlex").split():
+            with open(self.path(name + ".py"), "w") as file:
+                file.write("open(%r, 'w')\n" % self.path("hijacked"))
+        self.started([sys.executable, self.path("queuectl.py"), "daemon", "--workers", "1"],
+                     cwd=self.dir)
+        self.enqueue("true")
+        self.wait_for("completed")
+        self.assertFalse(os.path.exists(self.path("hijacked")))
+
+
+def set_limit(pid, name, soft):
+    """Set a soft limit of a running process; the one before."""
+    import resource
+    number = getattr(resource, "RLIMIT_" + name)
+    before, hard = resource.prlimit(pid, number)
+    resource.prlimit(pid, number, (soft, hard))
+    return before
+
+
+class StorageTest(FaultCase):
+    """No space, no descriptors, a clock that jumps, signals that are ignored."""
+
+    def test_a_disk_that_takes_nothing_costs_neither_outcome_nor_retry(self):
+        daemon = self.daemon("--workers", "2")
+        self.enqueue(self.gate(), id="runs")
+        self.wait_for("processing")
+        before = set_limit(daemon.pid, "FSIZE", 4000)  # room for the log, not for a page
+        self.assertIn("can't be read or written",
+                      self.refused("enqueue", '{"command":"true","id":"refused"}'))
+        self.open_gate()
+        wait_until(lambda: '"ended"' in self.read("q.db-run/w.1"), "the outcome is noted")
+        wait_until(lambda: "storage trouble" in self.read("q.db.log"), "its recording has failed")
+        self.assertEqual(self.rows("SELECT id, state FROM jobs"), [("runs", "processing")])
+        set_limit(daemon.pid, "FSIZE", before)
+        self.wait_for("completed")
+        self.enqueue("true", id="after")
+        self.wait_for("completed", 2)
+        self.assertEqual(self.rows("SELECT job, number, error FROM attempts"),
+                         [("runs", 1, None), ("after", 1, None)])
+
+    def test_a_disk_full_at_the_claim_starts_nothing_until_there_is_room(self):
+        daemon = self.daemon("--workers", "1")
+        due = queuectl.now_ms() + 500
+        self.enqueue("true", run_after=queuectl.iso(due))
+        before = set_limit(daemon.pid, "FSIZE", 4000)
+        wait_until(lambda: "storage trouble" in self.read("q.db.log"), "the claim has failed")
+        self.assertGreaterEqual(queuectl.now_ms(), due)
+        self.assertEqual(self.rows("SELECT state, runs FROM jobs"), [("pending", 0)])
+        self.assertIsNone(daemon.poll())
+        set_limit(daemon.pid, "FSIZE", before)
+        self.wait_for("completed")
+        self.assertEqual(self.rows("SELECT attempts, runs FROM jobs"), [(1, 1)])
+
+    def test_no_space_left_is_said_and_worked_on_after(self):
+        full = self.path("full")
+        self.driven("""
+def hook(connection, sql, run):
+    if sql == "BEGIN IMMEDIATE":
+        pages = 1 if os.path.exists(%r) else 1000000
+        sqlite3.Connection.execute(connection, "PRAGMA max_page_count = %%d" %% pages)
+    return run()
+on_sql(hook)""" % full, "--workers", "1")
+        self.enqueue(self.gate() + "; seq 10000", id="large")
+        self.wait_for("processing")
+        open(full, "w").close()
+        job = json.dumps({"command": ": " + "x" * 100000})
+        self.assertIn("no space left", self.refused("enqueue", job))
+        self.open_gate()
+        wait_until(lambda: "no space left" in self.read("q.db.log"), "the outcome is put off")
+        self.assertEqual(self.rows("SELECT state FROM jobs"), [("processing",)])
+        os.unlink(full)
+        self.wait_for("completed")
+        self.assertEqual(self.rows("SELECT number, error, LENGTH(output) > 40000 FROM attempts"),
+                         [(1, None, 1)])
+        self.ok("enqueue", job)
+        self.wait_for("completed", 2)
+
+    def starve(self, limit, soft):
+        """Let a job start while its worker has no more of `limit`; (worker, workers after)."""
+        daemon = self.daemon("--workers", "1")
+        self.enqueue("true", id="first")
+        self.wait_for("completed")
+        worker, = self.workers_of(daemon)
+        before = set_limit(worker, limit, soft)
+        self.enqueue("true", id="poor", max_retries=1)
+        wait_until(lambda: "could not start" in self.read("q.db.log"), "it could not start")
+        poor = "SELECT state, attempts, runs FROM jobs WHERE id = 'poor'"
+        self.assertEqual(self.rows(poor), [("pending", 0, 0)])
+        with contextlib.suppress(ProcessLookupError):
+            set_limit(worker, limit, before)
+        self.wait_for("completed", 2)
+        self.assertEqual(self.rows(poor), [("completed", 1, 1)])
+        return worker, self.workers_of(daemon)
+
+    def test_an_attempt_without_descriptors_is_given_back(self):
+        worker, after = self.starve("NOFILE", 3)
+        self.assertEqual(after, [worker])
+
+    def test_an_attempt_without_room_for_its_record_is_given_back(self):
+        worker, after = self.starve("FSIZE", 0)
+        self.assertNotIn(worker, after)
+
+    def jump(self, days):
+        """A clock that jumps while one job runs and one waits for its second try."""
+        for key, value in (("delay-base", "30m"), ("max-delay", "1h"), ("backoff", "fixed")):
+            self.ok("config", "set", key, value)
+        self.driven("""
+real = queuectl.now_ms
+queuectl.now_ms = lambda: real() + %d * 86400000 * os.path.exists(%r)"""
+                    % (days, self.path("jumped")), "--workers", "2")
+        self.enqueue(self.gate(), id="runs", timeout=60000)
+        self.enqueue("echo run >> %s; exit $((2 - $QUEUECTL_ATTEMPT))" % self.path("log"),
+                     id="waits")
+        self.wait_for("failed")
+        self.wait_for("processing")
+        open(self.path("jumped"), "w").close()
+        self.wait_for("completed")  # its time has come, or was too far ahead
+        self.assertEqual(self.job("runs")["state"], "processing")
+        self.open_gate()
+        self.wait_for("completed", 2)
+        self.assertEqual(self.read("log"), "run\n" * 2)
+        self.assertEqual(self.rows("SELECT job, number, exit_code FROM attempts ORDER BY 1, 2"), [
+            ("runs", 1, 0), ("waits", 1, 1), ("waits", 2, 0)])
+        self.assertEqual(self.rows("SELECT longest_ms < 60000 FROM totals"), [(days < 0,)])
+
+    def test_a_clock_set_back_a_day_keeps_no_job_waiting(self):
+        self.jump(-1)
+
+    def test_a_clock_set_ahead_a_day_times_nothing_out(self):
+        self.jump(1)
+
+    def test_signals_ignored_or_blocked_at_the_start_stop_it_and_reach_no_job(self):
+        shell = ["/bin/sh", "-c", "trap '' HUP INT QUIT TERM USR1 CHLD; exec \"$@\"", "sh",
+                 sys.executable, SCRIPT, "daemon", "--workers", "1"]
+        for number, start in enumerate((
+                lambda: self.started(shell),
+                lambda: self.driven("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))",
+                                    "--workers", "1")), 1):
+            with self.subTest(number=number):
+                daemon = start()
+                job = self.enqueue("grep -E '^Sig(Blk|Ign)' /proc/self/status")
+                self.wait_for("completed", number)
+                self.assertEqual(self.rows("SELECT output FROM attempts WHERE job = ?", job),
+                                 [(b"SigBlk:\t%s\nSigIgn:\t%s\n" % (b"0" * 16, b"0" * 16),)])
+                daemon.terminate()
+                self.assertEqual(daemon.wait(30), 0)
+                wait_until(lambda: not processes_of(self.dir), "its worker has ended")
+
+
+@unittest.skipUnless(shutil.which("flock"), "needs flock(1)")
+class OrphanTest(FaultCase):
+    """The daemon's death is not the workers'."""
+
+    def running(self):
+        """(daemon, its busy worker) with a job that runs until the gate opens."""
+        daemon = self.daemon("--workers", "1")
+        os.mkfifo(self.path("gate"))
+        self.probe("held", "; echo $$ > %s/pid; read line < %s" % (self.dir, self.path("gate")))
+        wait_until(lambda: self.read("pid").strip(), "it runs")
+        worker, = self.workers_of(daemon)
+        return daemon, worker
+
+    def test_a_daemon_from_a_newer_copy_adopts_what_runs(self):
+        daemon, worker = self.running()
+        with open(SCRIPT, encoding="utf-8") as file:
+            text = file.read()
+        with open(self.path("queuectl.py"), "w", encoding="utf-8") as file:
+            file.write(text.replace('VERSION = "', 'VERSION = "99.', 1))
+        self.kill(daemon)
+        self.started([sys.executable, self.path("queuectl.py"), "daemon"])
+        self.assertEqual(self.ok("daemon", "status")["version"], "99." + queuectl.VERSION)
+        self.assertEqual(self.job("held")["state"], "processing")
+        self.open_gate()
+        self.wait_for("completed")
+        self.check(["held"])
+        wait_until(lambda: not queuectl.process_start(worker), "the old worker has left")
+        self.probe("next")
+        self.wait_for("completed", 2)
+        self.check(["held", "next"])
+
+    def test_the_job_of_a_stopped_worker_waits_for_it_whoever_is_the_daemon(self):
+        daemon, worker = self.running()
+        os.kill(worker, signal.SIGSTOP)
+        self.kill(daemon)
+        self.daemon("--workers", "2")
+        self.open_gate()
+        wait_until(lambda: not queuectl.process_start(int(self.read("pid"))), "the job has ended")
+        self.probe("other")
+        self.wait_for("completed")
+        self.assertEqual(self.job("held")["state"], "processing")
+        os.kill(worker, signal.SIGCONT)
+        self.wait_for("completed", 2)
+        self.check(["held", "other"])
+
+    def test_a_command_left_by_daemon_and_worker_is_stopped_before_its_retry(self):
+        self.ok("config", "set", "delay-base", "1")
+        daemon, worker = self.running()
+        command = int(self.read("pid"))
+        self.kill(daemon)
+        os.kill(worker, signal.SIGKILL)
+        self.assertTrue(queuectl.process_start(command))
+        self.daemon()
+        wait_until(lambda: self.read("log") == "held\n" * 2, "it runs again")
+        self.assertEqual(queuectl.process_start(command), "")
+        self.open_gate()
+        self.wait_for("completed")
+        self.check(["held"], lost=1)
+
+
 class StormTest(QueueCase):
     """Promise 2 under fire: an in-job `flock -n` tells of any overlap."""
 
