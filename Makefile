@@ -4,6 +4,9 @@ PYTHON ?= python3
 PREFIX ?= /usr/local
 BIN = $(DESTDIR)$(PREFIX)/bin
 T =
+SEED ?=
+SECONDS ?=
+JOBS ?=
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +94,12 @@ test-all: ## the tests on every python3.6 to python3.14 of the PATH
 	printf '\npassed:%s\nfailed:%s\n' "$${passed:- none}" "$${failed:- none}"; \
 	[ -n "$$passed" ] && [ -z "$$failed" ]
 
+bench: ## speed and size beside bare Python, a minute or two; T=drain picks a row
+	@exec $(PYTHON) test_queuectl.py bench $(T)
+
+stress: ## storm, then soak; SEED=7 repeats one, SECONDS=180 and JOBS=100000 set the length
+	@SEED=$(SEED) SECONDS=$(SECONDS) JOBS=$(JOBS) exec $(PYTHON) test_queuectl.py stress
+
 install: ## one file, as `queuectl`, to $(DESTDIR)$(PREFIX)/bin
 	mkdir -p "$(BIN)"
 	install -m 755 queuectl.py "$(BIN)/queuectl"
@@ -101,4 +110,4 @@ uninstall: ## remove that file; queues stay
 clean: ## remove what Python left here; queues stay
 	rm -rf __pycache__
 
-.PHONY: help demo test test-all install uninstall clean
+.PHONY: help demo test test-all bench stress install uninstall clean

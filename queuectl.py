@@ -145,6 +145,7 @@ def monotonic():
     return time.monotonic()
 
 
+@functools.lru_cache(maxsize=64)  # a batch, or a turn of the loop, asks for few
 def iso(ms):
     """2026-01-15T10:30:00.000Z for ms since 1970; None for None."""
     if ms is None:

@@ -1,5 +1,6 @@
 """Tests of queuectl, cheapest first. `make test T=StoreTest` runs one class."""
 import ast
+import collections
 import contextlib
 import errno
 import fcntl
@@ -19,6 +20,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from unittest import mock
@@ -47,8 +49,8 @@ ORIGINAL = """
     INSERT INTO jobs (id, command) VALUES ('old', 'true');"""
 
 
-def wait_until(predicate, what, seconds=30):
-    """What `predicate()` returns once it is true; the only sleep in this file."""
+def wait_until(predicate, what, seconds=30, every_s=0.01):
+    """What `predicate()` returns once it is true; the only sleep of the tests."""
     deadline = time.monotonic() + seconds
     while True:
         value = predicate()
@@ -56,7 +58,7 @@ def wait_until(predicate, what, seconds=30):
             return value
         if time.monotonic() > deadline:
             raise AssertionError("waited %d s in vain: %s" % (seconds, what))
-        time.sleep(0.01)
+        time.sleep(every_s)
 
 
 def read(path):
@@ -2627,5 +2629,463 @@ class ReadmeTest(QueueCase):
         self.assertIn(b'"dead": 0', out.splitlines()[-8:] and out)
 
 
+# ---- Bench --------------------------------------------------------------------------------------
+# `make bench`: what the queue does, beside what this machine does without it. Each row a function
+# that yields Figures: medians of rounds, the queue's and the yardstick's in turn, so that a noisy
+# moment hits both. What was timed is checked: an unfinished or repeated job is no result.
+
+# value, must, aim: in `unit` (aim above must: the more the better); beside: what was measured
+Figure = collections.namedtuple("Figure", "what value unit must aim beside")
+
+BARE_LOOP = """import subprocess, sys, time
+start = time.monotonic()
+for _ in range(int(sys.argv[1])):
+    subprocess.run(["/bin/sh", "-c", "true"])
+print(start, time.monotonic())"""
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+@contextlib.contextmanager
+def own_queue(*args):
+    """A queue in a directory of its own, served by a daemon if `args` are given for one; however
+    the block ends, no process and no file of it is left."""
+    case = QueueCase()
+    case.setUp()
+    try:
+        if args:
+            case.daemon(*args)
+        yield case
+    finally:
+        case.doCleanups()
+
+
+def expect(found, wanted, what):
+    if found != wanted:
+        raise SystemExit("bench: %s: %r, not %r" % (what, found, wanted))
+
+
+def fill(case, name, count, command, **fields):
+    """Enqueue `count` jobs, their ids beginning with `name`."""
+    case.ok("enqueue", "-", stdin="\n".join(
+        json.dumps(dict(fields, id=name + str(n), command=command)) for n in range(count)))
+
+
+def finish(case, name, count):
+    """Jobs a second from the first start to the last end of the `count` jobs called so."""
+    span, sql = (name, name + "~"), "SELECT %s FROM jobs WHERE id > ? AND id < ?"
+    wait_until(lambda: case.rows(sql % "SUM(state = 'completed')", *span) == [(count,)],
+               "%d jobs are done" % count, 60, every_s=0.2)  # our looking must cost nothing
+    expect(case.rows(sql % "COUNT(*), SUM(attempts), SUM(runs), MAX(attempts)", *span),
+           [(count, count, count, 1)], "jobs and attempts")
+    expect(case.rows("""SELECT COUNT(*), COUNT(output) FROM attempts
+                        WHERE job > ? AND job < ?""", *span), [(count, 0)], "attempts and outputs")
+    start, end = map(queuectl.parse_date,
+                     case.rows(sql % "MIN(started_at), MAX(finished_at)", *span)[0])
+    return count * 1000.0 / (end - start)
+
+
+def bare_rate(count):
+    """Commands a second of two bare Python loops."""
+    loops = [subprocess.Popen([sys.executable, "-c", BARE_LOOP, str(count // 2)],
+                              stdout=subprocess.PIPE) for _ in range(2)]
+    times = [float(text) for loop in loops for text in loop.communicate()[0].split()]
+    return count / (max(times) - min(times))
+
+
+def row_drain(rounds=3, count=2000):
+    """2,000 x true on 2 workers, against two bare Python loops."""
+    ours, bare = [], []
+    for _ in range(rounds):
+        bare.append(bare_rate(count))
+        with own_queue() as case:
+            fill(case, "job", count, "true")
+            case.daemon("--workers", "2")
+            ours.append(finish(case, "job", count))
+    old = sys.version_info < (3, 7)
+    yield Figure("drain, 2 workers", median(ours) / median(bare), "of the bare loops",
+                 0.6 if old else 0.4, 0.7 if old else 0.55,
+                 "%d of %d jobs/s" % (median(ours), median(bare)))
+
+
+def row_enqueue(rounds=40):
+    """One enqueue call, daemon up, against a bare interpreter."""
+    def timed(*args):
+        start = time.monotonic()
+        code = subprocess.call([sys.executable] + list(args), env=case.env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        expect(code, 0, "exit status of %s" % (args,))
+        return (time.monotonic() - start) * 1000
+    with own_queue("--workers", "1") as case:
+        case.ok("worker", "stop")
+        pairs = [(timed("-c", "pass"), timed(SCRIPT, "enqueue", '{"command":"true"}'))
+                 for _ in range(rounds)]
+        expect(case.ok("status")["jobs"]["pending"], rounds, "jobs stored")
+    bare, ours = (median(values) for values in zip(*pairs))
+    yield Figure("enqueue call", ours / bare, "x python3 -c pass", 4.5, 3.5,
+                 "%.1f against %.1f ms" % (ours, bare))
+
+
+def row_dispatch(rounds=150):
+    """From the answer to an enqueue until the job of an idle worker runs."""
+    stamp = "date +%s%N"
+    request = b'{"command":"enqueue","value":{"job":{"command":"%s"}}}\n' % stamp.encode()
+    bare, told = [], {}
+    with own_queue("--workers", "1") as case:
+        for _ in range(rounds):
+            start = time.time()
+            bare.append(int(subprocess.check_output(["/bin/sh", "-c", stamp])) / 1e6 - start * 1e3)
+            told[case.ask(request)["id"]] = time.time()
+            time.sleep(0.025)
+        wait_until(lambda: case.rows("SELECT COUNT(*) FROM attempts") == [(rounds,)], "all ran")
+        outputs = dict(case.rows("SELECT job, output FROM attempts"))
+    waits = sorted(int(outputs[job]) / 1e6 - at * 1000 for job, at in told.items())
+    yield Figure("dispatch, median", median(waits), "ms", 10, 3,
+                 "a bare `%s` %.1f ms" % (stamp, median(bare)))
+    yield Figure("dispatch, p99", waits[rounds * 99 // 100], "ms", 50, 10, "of %d jobs" % rounds)
+
+
+def fill_backlog(case, thousands):
+    """So many waiting jobs, one half ready, one half scheduled over the coming day."""
+    case.enqueue("true")
+    with contextlib.closing(sqlite3.connect(case.db)) as connection, connection:
+        connection.execute("CREATE TEMP TABLE digits (d)")
+        connection.executemany("INSERT INTO digits VALUES (?)", [(d,) for d in range(1000)])
+        connection.execute(
+            """INSERT INTO jobs (id, command, state, cwd, env, ready, due, run_after)
+               SELECT 'wait' || (a.d * 1000 + b.d), 'true', 'pending', '/', '{}',
+                      CASE b.d % 2 WHEN 0 THEN 1 END,
+                      CASE b.d % 2 WHEN 1 THEN ? + a.d * 86400 + b.d END, '2030-01-01T00:00:00.000Z'
+               FROM digits AS a, digits AS b
+               WHERE a.d < ?""", (queuectl.now_ms() + 3600000, thousands))
+
+
+def urgent(case, name, count):
+    """(jobs a second of `count` that go before whatever else waits, seconds of a `status`)."""
+    fill(case, name, count, "true", priority=9)
+    daemon = case.daemon("--workers", "2")
+    rate, start = finish(case, name, count), time.monotonic()
+    case.ask(b'{"command":"status"}\n')
+    status_s = time.monotonic() - start
+    case.kill(daemon)
+    wait_until(lambda: not processes_of(case.dir), "its workers are gone")
+    return rate, status_s
+
+
+def row_backlog(rounds=3, count=1500):
+    """Claims with 1,000,000 jobs waiting, ready and scheduled, against an empty queue."""
+    with own_queue() as empty, own_queue() as full:
+        fill_backlog(full, thousands=1000)
+        pairs = [urgent(case, "urgent%d-" % number, count)
+                 for number in range(rounds) for case in (empty, full)]
+    (bare, _), (ours, status_s) = [map(median, zip(*half)) for half in (pairs[::2], pairs[1::2])]
+    yield Figure("drain on 1,000,000", ours / bare, "of an empty queue's", 0.8, 0.95,
+                 "%d of %d jobs/s" % (ours, bare))
+    yield Figure("status on 1,000,000", status_s, "s", 0.1, 0.01, "asked at the socket")
+
+
+def row_bulk(rounds=3, count=20000):
+    """`enqueue -` as a process of its own, daemon up, against bare inserts into one table."""
+    ours, bare = [], []
+    with own_queue("--workers", "1") as case:
+        case.ok("worker", "stop")
+        for number in range(rounds):
+            start = time.monotonic()
+            with contextlib.closing(sqlite3.connect(case.path("bare.db"))) as other, other:
+                other.execute("CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, command TEXT)")
+                other.executemany("INSERT INTO jobs VALUES (?, 'true')",
+                                  (("%d-%d" % (number, n),) for n in range(count)))
+            bare.append(count / (time.monotonic() - start))
+            start = time.monotonic()
+            told = subprocess.run([sys.executable, SCRIPT, "enqueue", "-"], env=case.env,
+                                  input=b'{"command":"true"}\n' * count, stdout=subprocess.PIPE)
+            ours.append(count / (time.monotonic() - start))
+            expect(json.loads(told.stdout.decode())["message"], "Enqueued %d jobs" % count, "answer")
+        expect(case.ok("status")["jobs"]["pending"], rounds * count, "jobs stored")
+    yield Figure("enqueue in bulk", median(ours), "jobs/s", 20000, 80000,
+                 "bare INSERT %d/s" % median(bare))
+
+
+def toil(pid):
+    """(seconds of CPU, times woken) of a process so far."""
+    fields = read("/proc/%d/stat" % pid).rpartition(b")")[2].split()
+    woken = re.search(rb"\nvoluntary_ctxt_switches:\s*(\d+)", read("/proc/%d/status" % pid))
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(woken.group(1))
+
+
+def pss_mib(pid):
+    """Its share of the memory it holds, in MiB."""
+    path = "/proc/%d/smaps_rollup" % pid
+    text = read(path if os.path.exists(path) else "/proc/%d/smaps" % pid)
+    return sum(int(kib) for kib in re.findall(rb"^Pss:\s*(\d+)", text, re.M)) / 1024.0
+
+
+def row_idle(seconds=20, workers=8):
+    """CPU of a daemon and 8 workers that have nothing to do."""
+    with own_queue("--workers", str(workers)) as case:
+        time.sleep(1)
+        pids = processes_of(case.dir)
+        expect(len(pids), workers + 1, "processes")
+        before = [sum(column) for column in zip(*map(toil, pids))]
+        time.sleep(seconds)
+        after = [sum(column) for column in zip(*map(toil, pids))]
+    cpu, woken = (new - old for old, new in zip(before, after))
+    yield Figure("idle, %d s" % seconds, cpu, "s CPU", 0.1, 0.02, "woke %d times" % woken)
+
+
+def row_memory(workers=8, count=200):
+    """Memory of a daemon that has run jobs, and of each worker beyond it."""
+    with own_queue("--workers", str(workers)) as case:
+        fill(case, "job", count, "true")
+        finish(case, "job", count)
+        pids = processes_of(case.dir)
+        expect(len(pids), workers + 1, "processes")
+        together = sum(map(pss_mib, pids))
+        case.ok("worker", "stop")
+        wait_until(lambda: len(processes_of(case.dir)) == 1, "the workers are gone")
+        alone = pss_mib(processes_of(case.dir)[0])
+    yield Figure("memory, daemon", alone, "MiB PSS", 20, 15, "after %d jobs" % count)
+    yield Figure("memory, worker", (together - alone) / workers, "MiB PSS", 6, 4,
+                 "each of %d" % workers)
+
+
+def row_many(rounds=3, workers=64, count=640):
+    """64 workers on sleep 0.2, against the ideal 320 jobs/s."""
+    ours, bare = [], []
+    for _ in range(rounds):
+        start = time.monotonic()
+        subprocess.run(["xargs", "-P%d" % workers, "-n1", "/bin/sh", "-c", "sleep 0.2"],
+                       input=b"x\n" * count)
+        bare.append(count / (time.monotonic() - start))
+        with own_queue() as case:
+            fill(case, "job", count, "sleep 0.2")
+            case.daemon("--workers", str(workers))
+            ours.append(finish(case, "job", count))
+    yield Figure("%d workers" % workers, median(ours) / (workers / 0.2), "of the ideal", 0.8, 0.95,
+                 "%d, xargs %d jobs/s" % (median(ours), median(bare)))
+
+
+ROWS = (row_drain, row_enqueue, row_dispatch, row_backlog, row_bulk, row_idle, row_memory, row_many)
+
+
+def verdict_of(figure):
+    sign = 1 if figure.aim > figure.must else -1
+    return ("aim" if figure.value * sign >= figure.aim * sign else
+            "must" if figure.value * sign >= figure.must * sign else "MISSED")
+
+
+def shown(value):
+    return "%d" % value if value >= 1000 else "%.3g" % value
+
+
+def bench(names):
+    """Print the table, or the rows named; the exit status tells whether every must was reached."""
+    known = {row.__name__[4:]: row for row in ROWS}
+    if set(names) - set(known):
+        raise SystemExit("bench: rows are " + ", ".join(known))
+    layout, missed = "%-20s %8s %-20s %8s %8s  %-6s %s", False
+    print("Python %s, SQLite %s, %d CPUs, load %.1f" % (
+        sys.version.split()[0], sqlite3.sqlite_version, os.cpu_count(), os.getloadavg()[0]))
+    print(layout % ("row", "figure", "unit", "must", "aim", "holds", "measured"))
+    for name in names or known:
+        for figure in known[name]():
+            sign = ">= " if figure.aim > figure.must else "<= "
+            print(layout % (figure.what, shown(figure.value), figure.unit,
+                            sign + shown(figure.must), sign + shown(figure.aim),
+                            verdict_of(figure), figure.beside), flush=True)
+            missed = missed or verdict_of(figure) == "MISSED"
+    return int(missed)
+
+
+# ---- Stress -------------------------------------------------------------------------------------
+# `make stress`: the storm kills workers and daemons for minutes while jobs keep coming, the soak
+# runs 100,000 jobs through one daemon. Figures are printed; anything lost or run twice at once
+# makes the exit status 1.
+
+
+class Storm(QueueCase):
+    """Random kills against a queue that a feeder keeps full; `report` tells what became of it."""
+
+    OPEN = 100  # jobs waiting or running, about so many
+
+    def __init__(self, seed):
+        super().__init__("rage")
+        self.chance = random.Random(seed)
+        self.acknowledged = set()   # ids that an enqueue returned
+        self.refused = 0            # enqueue calls without an answer, or with a no
+        self.kills = {"worker": 0, "daemon": 0}
+        self.pending = {}           # serial of an attempt hit by a kill -> when, monotonic
+        self.slowest = 0.0          # s from a kill until the attempt's fate was recorded
+        self.over = threading.Event()
+
+    def feed(self):
+        """Enqueue a few jobs at a time, whoever is there to take them."""
+        place = queuectl.Place(self.db, True, self.sock, True)
+        number = 0
+        while not self.over.is_set():
+            self.over.wait(0.02)
+            waiting, = self.rows("SELECT SUM(jobs) FROM counts WHERE state != 'completed'")[0]
+            if waiting > self.OPEN:
+                continue
+            ids = ["job%d" % (number + n) for n in range(5)]
+            number += 5
+            jobs = [{"id": one, "max_retries": 1000,
+                     "command": StormTest.JOB % {"dir": self.dir, "ms": number % 9 + 1}} for one in ids]
+            try:
+                answer = queuectl.Queue(place, lambda line: None).call("enqueue", "batch", jobs=jobs)
+                self.acknowledged.update(answer["ids"])
+            except queuectl.Failure:
+                self.refused += 1
+
+    def open_attempts(self):
+        return dict(self.rows("SELECT serial, slot FROM running"))
+
+    def watch(self):
+        """Note which of the attempts hit by a kill are settled now."""
+        for serial in set(self.pending) - set(self.open_attempts()):
+            self.slowest = max(self.slowest, time.monotonic() - self.pending.pop(serial))
+
+    def kill_worker(self, daemon):
+        victims = self.workers_of(daemon)
+        if not victims:
+            return
+        victim = self.chance.choice(sorted(victims))
+        files = set()
+        with contextlib.suppress(OSError):  # it may be on its way out
+            files = {os.readlink("/proc/%d/fd/%s" % (victim, fd))
+                     for fd in os.listdir("/proc/%d/fd" % victim)}
+        os.kill(victim, signal.SIGKILL)  # not reaped yet: nobody else's
+        self.kills["worker"] += 1
+        for serial, slot in self.open_attempts().items():
+            if "%s-run/w.%d" % (self.db, slot) in files:
+                self.pending.setdefault(serial, time.monotonic())
+
+    def kill_daemon(self, daemon):
+        self.kill(daemon)
+        self.daemons.remove(daemon)
+        daemon.stdout.close()
+        self.kills["daemon"] += 1
+        for serial in self.open_attempts():
+            self.pending.setdefault(serial, time.monotonic())
+        return self.daemon()
+
+    def rage(self, seconds):
+        """Kill for so long; then let the queue come to rest."""
+        self.ok("config", "set", "delay-base", "1")
+        daemon = self.daemon("--workers", "4")
+        feeder = threading.Thread(target=self.feed)
+        feeder.start()
+        try:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                time.sleep(self.chance.uniform(0.01, 0.05))
+                self.watch()
+                if self.chance.random() < 0.98:
+                    self.kill_worker(daemon)
+                else:
+                    daemon = self.kill_daemon(daemon)
+        finally:
+            self.over.set()
+            feeder.join()
+        wait_until(lambda: self.watch() or self.rows(
+            "SELECT COUNT(*) FROM jobs WHERE state != 'completed'") == [(0,)], "all is done", 120)
+        self.watch()
+
+    def report(self):
+        """What is wrong, as {name: ids or rows}; empty is good."""
+        log, stored = self.read("log").split(), {row[0] for row in self.rows("SELECT id FROM jobs")}
+        print("storm: %(worker)d workers and %(daemon)d daemons killed" % self.kills
+              + ", %d jobs acknowledged, %d calls refused, %d attempts, %d ran more than once,"
+                " slowest recovery %.2f s" % (
+                    len(self.acknowledged), self.refused,
+                    self.rows("SELECT COUNT(*) FROM attempts")[0][0], len(log) - len(set(log)),
+                    self.slowest))
+        wrong = {
+            "lost": sorted(self.acknowledged - stored),
+            "never run": sorted(stored - set(log)),
+            "overlaps": self.read("overlaps").split(),
+            "not completed": self.rows("SELECT id, state FROM jobs WHERE state != 'completed'"),
+            "miscounted": self.rows("""SELECT id FROM jobs WHERE attempts != runs OR attempts != (
+                SELECT COUNT(*) FROM attempts WHERE job = jobs.id)"""),
+            "damaged": [row for row in self.rows("PRAGMA integrity_check") if row != ("ok",)],
+            "slow": ["%.2f s" % self.slowest] if self.slowest > 2 else []}
+        return {name: found for name, found in wrong.items() if found}
+
+
+class Soak(QueueCase):
+    """Many short jobs through one daemon: nothing may grow."""
+
+    def __init__(self):
+        super().__init__("sample")
+
+    def sample(self, daemon):
+        """(PSS in MiB, descriptors, zombies, WAL in MiB, database in MiB)"""
+        zombies = sum(parent(pid) == daemon.pid and not queuectl.process_start(pid)
+                      for pid in map(int, filter(str.isdigit, os.listdir("/proc"))))
+        sizes = [os.path.getsize(self.db + end) / 1048576.0 for end in ("-wal", "")]
+        return [pss_mib(daemon.pid), len(os.listdir("/proc/%d/fd" % daemon.pid)), zombies] + sizes
+
+    def soak(self, count, batch=1000):
+        """Run `count` jobs; what grew, as {name: [early, late]}."""
+        self.ok("config", "set", "retention", "2s")
+        daemon = self.daemon("--workers", "2")
+        lines, samples, start = '{"command":"echo x"}\n' * batch, [], time.monotonic()
+        print("soak: %7s %9s %9s %8s %9s %9s" % ("jobs", "PSS MiB", "open fds", "zombies",
+                                                 "WAL MiB", "DB MiB"))
+        for number in range(0, count, batch):
+            self.ok("enqueue", "-", stdin=lines)
+            done = self.wait_for_completed(number - 2 * batch)
+            if len(samples) < done * 10 // count:
+                samples.append(self.sample(daemon))
+                print("soak: %7d %9.1f %9d %8d %9.1f %9.1f" % ((done,) + tuple(samples[-1])),
+                      flush=True)
+        self.wait_for_completed(count)
+        print("soak: %d jobs/s" % (count / (time.monotonic() - start)))
+        wait_until(lambda: self.rows("SELECT COUNT(*) FROM jobs") == [(0,)], "all are purged", 60)
+        samples.append(self.sample(daemon))
+        early = [max(column) for column in zip(*samples[:max(len(samples) // 2, 1)])]
+        names = ("PSS", "descriptors", "zombies", "WAL", "database")
+        grew = {name: [first, last] for name, first, last, slack in zip(
+            names, early, samples[-1], (2, 2, 0, 8, 2)) if last > first * 1.1 + slack}
+        totals = self.rows("SELECT enqueued, completed, failed, dead FROM totals")
+        if totals != [(count, count, 0, 0)]:
+            grew["enqueued, completed, failed, dead"] = totals
+        return grew
+
+    def wait_for_completed(self, wanted):
+        """Wait until so many have completed; how many have."""
+        return wait_until(lambda: self.rows(
+            "SELECT completed FROM totals WHERE completed >= ?", wanted),
+            "%d jobs completed" % wanted, 120, every_s=0.2)[0][0]
+
+
+def stress(seconds, seed, jobs):
+    """The storm, then the soak; the exit status."""
+    print("stress: %d s, then %d jobs; the same again with: make stress SEED=%d" % (
+        seconds, jobs, seed), flush=True)
+    wrong = {}
+    storm, soak = Storm(seed), Soak()
+    for case, action in ((storm, lambda: storm.rage(seconds) or storm.report()),
+                         (soak, lambda: soak.soak(jobs - jobs % 1000))):
+        case.setUp()
+        try:
+            wrong.update(action())
+        finally:
+            case.doCleanups()
+    for name, found in wrong.items():
+        print("stress: %s: %s" % (name, str(found)[:500]))
+    print("stress: %s" % ("FAILED" if wrong else "nothing lost, nothing twice, nothing grew"))
+    return int(bool(wrong))
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` cleans up
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(bench(sys.argv[2:]))
+    if sys.argv[1:2] == ["stress"]:
+        sys.exit(stress(int(os.environ.get("SECONDS") or 180),
+                        int(os.environ.get("SEED") or time.time()),
+                        int(os.environ.get("JOBS") or 100000)))
     unittest.main()
