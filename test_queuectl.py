@@ -1577,6 +1577,16 @@ class DaemonTest(QueueCase):
             client.sendall(b'{"command":')
         self.assertEqual(self.ok("status")["workers"], 0)
 
+    def test_a_client_that_stops_reading_a_long_answer_holds_nobody_up(self):
+        self.daemon()
+        lines = "".join('{"command":"echo %s"}\n' % ("x" * 3000) for _ in range(1000))
+        self.ok("enqueue", "-", stdin=lines)
+        with socket.socket(socket.AF_UNIX) as slow:
+            slow.connect(self.sock)
+            slow.sendall(b'{"command":"list"}\n')
+            self.assertEqual(self.ok("status")["jobs"]["pending"], 1000)
+            self.assertEqual(len(json.loads(slow.makefile("r").readline())["message"]), 1000)
+
     def test_a_lost_answer_is_given_again(self):
         self.daemon()
         request = json.dumps({"command": "enqueue", "value": '{"command":"true"}',
