@@ -2614,14 +2614,40 @@ def remove_stale(path):
     os.unlink(aside)
 
 
+def bind_private(sock, path, listen):
+    """Bind `sock` to `path`, 0600 from its first instant; returns its inode. It listens under
+    another name before `path` leads to it: in between it would look stale to others."""
+    hidden = os.path.join(os.path.dirname(path), os.urandom(4).hex())
+    umask = os.umask(0o177)
+    try:
+        sock.bind(hidden)
+    finally:
+        os.umask(umask)
+    try:
+        listen()
+        os.link(hidden, path)
+        return os.lstat(hidden).st_ino
+    finally:
+        os.unlink(hidden)
+
+
+def admitted(sock):
+    """Only the owner of the queue gets in; others are told."""
+    if peer_uid(sock) in (os.geteuid(), None):
+        return True
+    with contextlib.suppress(OSError):
+        sock.settimeout(0)
+        sock.send(encode(error_answer(Failure("this queue belongs to another user"))))
+    return False
+
+
 def make_server(path, on_connection, on_request):
-    """A socketserver on the Unix socket `path`, 0600 from its first instant: it is bound and
-    listens under another name before `path` leads to it. Our loop calls it, not it ours."""
+    """A socketserver on the Unix socket `path`. Our loop calls it, not it ours: `get_request`,
+    `verify_request` and `process_request` for a connection, and `finish_request`, which makes a
+    handler, for each whole request on it, given as (channel, bytes)."""
     import socketserver
 
     class Handler(socketserver.BaseRequestHandler):
-        """One whole request: (channel, bytes)."""
-
         def handle(self):
             on_request(*self.request)
 
@@ -2629,27 +2655,10 @@ def make_server(path, on_connection, on_request):
         request_queue_size = 128
 
         def server_bind(self):
-            hidden = os.path.join(os.path.dirname(path), os.urandom(4).hex())
-            umask = os.umask(0o177)
-            try:
-                self.socket.bind(hidden)
-            finally:
-                os.umask(umask)
-            try:
-                self.server_activate()
-                os.link(hidden, path)
-                self.inode = os.lstat(hidden).st_ino
-            finally:
-                os.unlink(hidden)
+            self.inode = bind_private(self.socket, path, self.server_activate)
 
         def verify_request(self, request, client_address):
-            """Only the owner of the queue gets in."""
-            if peer_uid(request) in (os.geteuid(), None):
-                return True
-            with contextlib.suppress(OSError):
-                request.settimeout(0)
-                request.send(encode(error_answer(Failure("this queue belongs to another user"))))
-            return False
+            return admitted(request)
 
         def process_request(self, request, client_address):
             on_connection(request)
