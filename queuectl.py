@@ -131,8 +131,8 @@ DEFAULT_SOCKET = "/tmp/queuectl.sock"
 # The only place that reads a clock. Everything below takes `now`: milliseconds since 1970, UTC.
 
 UNITS_MS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000, "d": 86400000}
-DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
-                  r"\s?([Zz]|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII)
+DATE = (r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
+        r"\s?([Zz]|[+-]\d\d(?::?\d\d)?)?)?")
 
 
 def now_ms():
@@ -157,7 +157,7 @@ def iso(ms):
 def parse_date(text):
     """ms since 1970 of an ISO 8601 date-time (also SQLite's form); without an offset it is UTC."""
     from datetime import datetime, timedelta
-    match = DATE.fullmatch(text.strip()) if isinstance(text, str) else None
+    match = re.fullmatch(DATE, text.strip(), re.ASCII) if isinstance(text, str) else None
     if not match:
         raise ValueError("not a date")
     year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
@@ -3714,8 +3714,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def new_parser(prog, **options):
-    parser = Parser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, **options)
+    # A width, or each parser would import shutil to ask the terminal, help or no help.
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=78)
+    parser = Parser(prog=prog, formatter_class=layout, allow_abbrev=False, **options)
     parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS,
                         help="the queue's database (else DB_PATH)")
     parser.add_argument("--socket", metavar="PATH", default=argparse.SUPPRESS,
@@ -3769,8 +3770,8 @@ def parse(argv):
     if name not in COMMANDS:
         parse_group(name, words[1:])
     function, arguments, examples = COMMANDS[name]
-    parser = new_parser("queuectl " + name, description=function.__doc__, epilog="examples:\n"
-                        + "\n".join("  queuectl " + example for example in examples))
+    parser = new_parser("queuectl " + name, description=re.sub("\n +", "\n", function.__doc__),
+                        epilog="examples:\n" + "\n".join("  queuectl " + example for example in examples))
     for names, options in arguments:
         parser.add_argument(*names, **options)
     return function, parser.parse_args(words[len(name.split()):], namespace=args)
