@@ -7,6 +7,7 @@ T =
 SEED ?=
 SECONDS ?=
 JOBS ?=
+export PYTHONDONTWRITEBYTECODE = 1
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile

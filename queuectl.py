@@ -882,7 +882,8 @@ MIGRATIONS = (
             AND (NEW.due IS NOT NULL OR NEW.ready IS NOT NULL)
         BEGIN
             UPDATE jobs
-            SET ready = NULL, due = CASE WHEN NEW.state IN ('completed', 'dead') THEN NULL ELSE 0 END
+            SET ready = NULL,
+                due = CASE WHEN NEW.state IN ('completed', 'dead') THEN NULL ELSE 0 END
             WHERE rowid = NEW.rowid;
         END""",
      # What another program wants to have run is looked at again.
@@ -894,8 +895,8 @@ MIGRATIONS = (
 )
 
 # ---- Store --------------------------------------------------------------------------------------
-# The only SQL but for the schema. Whoever makes a Store holds the queue's lock. Every write is made inside
-# `transaction()`, takes the time as `now` (ms), and names the arrow it stands for.
+# The only SQL but for the schema. Whoever makes a Store holds the queue's lock. Every write is made
+# inside `transaction()`, takes the time as `now` (ms), and names the arrow it stands for.
 
 COLUMNS = ", ".join('"%s"' % name for name in Job._fields)
 
@@ -1252,8 +1253,8 @@ class Store:
         code = status if status is not None and status >= 0 and not outcome.reason else None
         over = verdict.state in FINISHED
         if not self.write("""UPDATE jobs
-                             SET state = ?, attempts = ?, due = ?, run_after = COALESCE(?, run_after),
-                                 exit_code = ?, error = ?, finished_at = ?, updated_at = ?,
+                             SET state = ?, attempts = ?, due = ?,
+                                 run_after = COALESCE(?, run_after), exit_code = ?, error = ?, finished_at = ?, updated_at = ?,
                                  locked_at = NULL, serial = NULL
                              WHERE id = ? AND serial = ?""", (
                 verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
@@ -2248,7 +2249,7 @@ class Pool:
 # store; now: ms; daemon: None without one
 Context = collections.namedtuple("Context", "store now daemon")
 
-# names: of its arguments; bare: the one that a `value` without a flag stands for; needs_daemon: what it says
+# names: of its arguments; bare: the one that a `value` without a flag stands for
 Operation = collections.namedtuple("Operation", "function names bare writes needs_daemon")
 OPERATIONS = {}  # (command, option) -> Operation
 
@@ -3076,21 +3077,28 @@ class Daemon:
     # -- clients
 
     def on_connection(self, _events):
-        """Let in whoever waits."""
+        """Let in whoever waits, a backlog at the most."""
+        for _ in range(self.server.request_queue_size):
+            if not self.let_in():
+                return
+
+    def let_in(self):
+        """Accept one connection; False when there is none, or no room for it."""
         try:
             request, address = self.server.get_request()
         except BlockingIOError:
-            return
+            return False
         except OSError as error:  # no descriptors: make room, or it would be ready for ever
             self.log("can't accept a connection: %s" % error, every_s=60)
             quiet = [channel for channel in self.channels if not channel.busy]
             for channel in sorted(quiet, key=lambda channel: channel.active_at)[:1]:
                 self.part(channel)
-            return
+            return False
         if self.server.verify_request(request, address):
             self.server.process_request(request, address)
         else:
             self.server.shutdown_request(request)
+        return True
 
     def welcome(self, sock):
         self.channels.add(Channel(sock, self.loop, self.pump, self.pump))
@@ -3771,7 +3779,7 @@ def parse(argv):
         parse_group(name, words[1:])
     function, arguments, examples = COMMANDS[name]
     parser = new_parser("queuectl " + name, description=re.sub("\n +", "\n", function.__doc__),
-                        epilog="examples:\n" + "\n".join("  queuectl " + example for example in examples))
+                        epilog="\n  queuectl ".join(("examples:",) + examples))
     for names, options in arguments:
         parser.add_argument(*names, **options)
     return function, parser.parse_args(words[len(name.split()):], namespace=args)

@@ -1432,6 +1432,32 @@ class CommandsTest(QueueCase):
             with open(self.db, "rb") as file:
                 self.assertEqual(file.read(), garbage)
 
+    def test_a_read_only_database_is_refused_and_works_once_it_is_mended(self):
+        self.enqueue("true")
+        os.chmod(self.db, 0o400)
+        self.assertIn("chmod u+w", self.refused("enqueue", '{"command":"true"}'))
+        os.chmod(self.db, 0o600)
+        self.enqueue("true")
+        self.assertEqual(self.ok("status")["jobs"]["pending"], 2)
+
+    def test_a_directory_that_is_missing_or_a_database_that_is_one_is_refused(self):
+        for db, words in ((self.path("no/q.db"), "no directory"), (self.dir, "no file")):
+            self.env["DB_PATH"] = db
+            with self.subTest(db=db):
+                self.assertIn(words, self.refused("enqueue", '{"command":"true"}'))
+        self.assertEqual(os.listdir(self.dir), [])
+
+    def test_nothing_unescaped_reaches_a_terminal(self):
+        evil = "\x1b[31m\u202e\u200b\r\x9b"
+        self.enqueue("echo " + evil, id="a", env={"A": evil})
+        for args in (("list",), ("enqueue", json.dumps({"command": ": " + evil})),
+                     ("enqueue", evil), ("dlq", "retry", evil), ("config", "set", evil, "1"),
+                     ("config", "set", "shell", evil), (evil,), ("list", "--state", evil)):
+            with self.subTest(args=args):
+                _, out, err = self.cli(*args)
+                self.assertTrue(out or err)
+                self.assertEqual([c for c in out + err if c != "\n" and not c.isprintable()], [])
+
     def test_a_module_beside_the_script_is_not_imported(self):
         shutil.copy(SCRIPT, self.dir)
         with open(self.path("json.py"), "w") as file:
@@ -1586,6 +1612,21 @@ class DaemonTest(QueueCase):
             slow.sendall(b'{"command":"list"}\n')
             self.assertEqual(self.ok("status")["jobs"]["pending"], 1000)
             self.assertEqual(len(json.loads(slow.makefile("r").readline())["message"]), 1000)
+
+    def test_two_hundred_enqueues_at_once_are_all_served(self):
+        self.daemon()
+        data = json.dumps({"command": "enqueue", "value": '{"command":"true"}'}).encode()
+        clients = [socket.socket(socket.AF_UNIX) for _ in range(200)]
+        for client in clients:
+            self.addCleanup(client.close)
+            client.connect(self.sock)
+            client.settimeout(30)
+        for client in clients:
+            client.sendall(data)
+        answers = {client.makefile("r").readline() for client in clients}
+        self.assertEqual({json.loads(answer)["message"] for answer in answers}, {"Job enqueued"})
+        self.assertEqual(len(answers), 200)
+        self.assertEqual(self.ok("status")["jobs"]["pending"], 200)
 
     def test_a_lost_answer_is_given_again(self):
         self.daemon()
@@ -1849,6 +1890,30 @@ class StoriesTest(QueueCase):
         self.assertEqual([(output, dropped > 3000) for output, dropped in self.rows(
             "SELECT output, dropped FROM attempts")], [(b"000\nend 1\n"[-10:], True),
                                                        (b"000\nend 2\n"[-10:], True)])
+
+    def test_output_comes_in_order_and_a_chatty_job_can_not_fill_the_disk(self):
+        self.daemon("--workers", "2")
+        self.enqueue("echo one; echo two >/dev/stderr; echo three", id="order")
+        self.enqueue("yes", id="chatty", timeout=700, max_retries=1)
+        self.enqueue("(read line < %s; echo late; echo later) & echo soon" % self.path("gate"),
+                     id="background")
+        os.mkfifo(self.path("gate"))
+        self.wait_for("completed", 2)
+        largest = [0]
+
+        def dead():
+            for name in os.listdir(self.db + "-run"):
+                with contextlib.suppress(FileNotFoundError):
+                    largest.append(os.stat(self.path("q.db-run/" + name)).st_size)
+            return self.jobs("dead")
+        wait_until(dead, "the chatty job is stopped")
+        self.assertLessEqual(max(largest), queuectl.MIN_RUN_FILE + 65536)
+        outputs = {job: (output, dropped) for job, output, dropped in self.rows(
+            "SELECT job, output, dropped FROM attempts")}
+        self.assertEqual(outputs["order"], (b"one\ntwo\nthree\n", 0))
+        self.assertEqual(outputs["background"], (b"soon\n", 0))
+        self.assertEqual(len(outputs["chatty"][0]), 65536)
+        self.assertGreater(outputs["chatty"][1], queuectl.MIN_RUN_FILE)
 
     def test_a_stop_waits_for_running_jobs(self):
         daemon = self.daemon("--workers", "1")
