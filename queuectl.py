@@ -99,6 +99,7 @@ BATCH_BYTES = 8 << 20           # or so many bytes
 PAGE_JOBS = 500                 # a list travels in pages of so many jobs,
 PAGE_BYTES = 1 << 20            # or so many bytes
 PROMOTE = 1000                  # due jobs made ready in one turn of the loop
+ANSWERS = 250                   # answers remembered, for clients whose connection broke
 PURGE = 500                     # expired jobs deleted in one look
 MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to before it is cut
 
@@ -1127,7 +1128,7 @@ class Store:
     def remember(self, once, answer):
         self.write("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
         self.write("""DELETE FROM answers
-                      WHERE number <= (SELECT MAX(number) FROM answers) - 1000""", ())
+                      WHERE number <= (SELECT MAX(number) FROM answers) - ?""", (ANSWERS,))
 
     # -- jobs coming in
 
@@ -2329,14 +2330,15 @@ def op_enqueue(context, job=None, cwd=None):
     return reply("Job enqueued", id=new.id)
 
 
-@operation("enqueue", "batch", names=("jobs", "cwd"), bare="jobs", writes=True)
-def op_enqueue_batch(context, jobs=(), cwd=None):
-    """Store all of the jobs, or none; a Failure's `index` tells which one is wrong."""
+@operation("enqueue", "batch", names=("jobs", "cwd", "ids"), bare="jobs", writes=True)
+def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
+    """Store all of the jobs, or none; a Failure's `index` tells which one is wrong. Their ids
+    are told only if asked for: the answer is remembered."""
     store, now = context.store, context.now
     if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
         raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
     spare_ids = new_ids(now, len(jobs))
-    new, ids, keys = [], [], {}
+    new, told, keys = [], [], {}
     taken = set()
     for index, given in enumerate(jobs):
         try:
@@ -2350,11 +2352,11 @@ def op_enqueue_batch(context, jobs=(), cwd=None):
                 taken.add(job.id)
                 keys[job.unique] = job.id
                 new.append(job)
-            ids.append(holder or job.id)
+            told.append(holder or job.id)
         except Failure as error:
             raise Failure(str(error), index=index)
     store.insert(new)
-    return reply("Enqueued %s" % plural(len(new), "job"), ids=ids)
+    return reply("Enqueued %s" % plural(len(new), "job"), **({"ids": told} if ids else {}))
 
 
 @operation("status")
@@ -3531,7 +3533,8 @@ def enqueue_lines(queue, args):
     for lines in batches(sys.stdin.buffer if sys.stdin else ()):
         try:
             jobs = [parse_line(number, line) for number, line in lines]
-            answer = queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory())
+            answer = queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory(),
+                                ids=args.quiet)
         except Failure as error:
             number = error.details.get("line") or lines[error.details.get("index", 0)][0]
             raise Failure("line %d: %s; %s" % (

@@ -1066,7 +1066,7 @@ class OperationsTest(StoreCase):
     def test_a_batch_is_stored_whole(self):
         jobs = [{"command": "x"}, {"id": "b", "command": "x", "unique": "k"},
                 {"command": "x", "unique": "k"}, {"command": "y"}]
-        answer = self.ask("enqueue", "batch", jobs=jobs, cwd="/w")
+        answer = self.ask("enqueue", "batch", jobs=jobs, cwd="/w", ids=True)
         self.assertEqual((answer["message"], answer["ids"][1:3]), ("Enqueued 3 jobs", ["b", "b"]))
         self.assertEqual(self.ids(), [answer["ids"][i] for i in (0, 1, 3)])
         self.assertEqual(self.shown("b", "cwd"), ("/w",))
@@ -3012,7 +3012,8 @@ class Storm(QueueCase):
                      "command": StormTest.JOB % {"dir": self.dir, "ms": number % 9 + 1}} for one in ids]
             try:
                 answer = queuectl.Queue(place, lambda line: None).call("enqueue", "batch", jobs=jobs)
-                self.acknowledged.update(answer["ids"])
+                self.assertEqual(answer["message"], "Enqueued 5 jobs")
+                self.acknowledged.update(ids)
             except queuectl.Failure:
                 self.refused += 1
 
@@ -3125,7 +3126,7 @@ class Soak(QueueCase):
         early = [max(column) for column in zip(*samples[:max(len(samples) // 2, 1)])]
         names = ("PSS", "descriptors", "zombies", "WAL", "database")
         grew = {name: [first, last] for name, first, last, slack in zip(
-            names, early, samples[-1], (2, 2, 0, 8, 2)) if last > first * 1.1 + slack}
+            names, early, samples[-1], (2, 2, 0, 8, 0.5)) if last > first * 1.1 + slack}
         totals = self.rows("SELECT enqueued, completed, failed, dead FROM totals")
         if totals != [(count, count, 0, 0)]:
             grew["enqueued, completed, failed, dead"] = totals
