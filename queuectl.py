@@ -1618,13 +1618,12 @@ class Attempt:
         if not is_locked(self.path):
             signal_command(self.process.pid, self.path, signal.SIGKILL)  # who closed the lock
             self.finish(self.reason)
-        elif self.kill_at is None:
+            return
+        if self.kill_at is None:
             self.stop("", now)
-            self.deadline = now
         elif now >= self.kill_at:
             self.kill(now)
-        else:
-            self.deadline = now + 0.02  # nothing wakes us when a lock is freed
+        self.deadline = now + 0.02  # nothing wakes us when a lock is freed
 
     def finish(self, reason, detail=""):
         """Note the outcome, then reap: until then the pid can't have become another's."""
