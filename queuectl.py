@@ -85,6 +85,7 @@ import time
 
 VERSION = "1.0.0"
 STATES = ("pending", "processing", "completed", "failed", "dead")
+UNFINISHED = ("pending", "failed", "processing")
 FINISHED = ("completed", "dead")
 
 MAX_MS = 10 ** 12               # the longest duration taken, some 31 years
@@ -100,7 +101,9 @@ PAGE_JOBS = 500                 # a list travels in pages of so many jobs,
 PAGE_BYTES = 1 << 20            # or so many bytes
 PROMOTE = 1000                  # due jobs made ready in one turn of the loop
 ANSWERS = 250                   # answers remembered, for clients whose connection broke
-PURGE = 500                     # expired jobs deleted in one look
+PURGE = 500                     # jobs deleted in one transaction
+PAGE_OUTPUT = 256 << 10         # output travels in pieces of so many bytes
+MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
 MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to before it is cut
 
 GRACE_S = 2.0                   # from SIGTERM to SIGKILL
@@ -109,6 +112,7 @@ LOOK_S = 1.0                    # between two looks at the database, the lock an
 REACH_S = 10.0                  # how long a command tries to reach the queue
 ANSWER_S = 40.0                 # how long it then waits for an answer
 WRITE_S = 20.0                  # how long the daemon waits for another program's database lock
+POLL_S = 0.2                    # between two looks of a command that watches, at the most
 IDLE_S = 60.0                   # a connection without a request is closed
 BUSY_S = 0.05                   # SQLite's own wait for a lock: the loop stands still meanwhile
 
@@ -125,6 +129,7 @@ SETTINGS = {
     "output-limit": Setting(65536, "int", 0, 16 << 20, "bytes of output kept of each attempt"),
     "retention": Setting(0, "ms", 0, MAX_MS, "how long completed jobs are kept, 0: for ever"),
     "shell": Setting("/bin/sh -c", "argv", None, None, "what a command is appended to"),
+    "on-dead": Setting("", "line", None, None, "a shell line, enqueued whenever a job dies"),
 }
 DEFAULT_SOCKET = "/tmp/queuectl.sock"
 
@@ -237,7 +242,8 @@ class NoDaemon(Failure):
     """A command needs the daemon and none runs."""
 
     def __init__(self, db):
-        super().__init__("no daemon runs for %s; start one with: worker start" % safe(db))
+        super().__init__("no daemon runs for %s; start one with: worker start" % safe(db),
+                         no_daemon=True)
 
 
 class StorageError(Failure):
@@ -250,6 +256,10 @@ class Busy(StorageError):
 
 class Replaced(StorageError):
     """The database or the lock file is no longer the one that was opened."""
+
+
+class Unreachable(Failure):
+    """Nobody answers now; asking again may help, and repeats nothing that was done."""
 
 
 def storage_error(path, error):
@@ -506,6 +516,16 @@ def checked(field, check, *values):
         raise BadField(field, str(error))
 
 
+def as_command(value):
+    size = len(as_text(value).encode())
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if size > MAX_COMMAND:
+        raise ValueError("is too long: %d bytes, at most %d; put it into a script"
+                         % (size, MAX_COMMAND))
+    return value
+
+
 def typed(setting, text):
     """The value of a Setting from its text; ValueError when it can't be one."""
     if setting.kind == "choice":
@@ -514,16 +534,22 @@ def typed(setting, text):
         return text
     if setting.kind == "argv":
         return " ".join(split_shell(text)) and text
+    if setting.kind == "line":
+        return text and as_command(text)
     number = parse_duration(text, bare="ms") if setting.kind == "ms" else whole(text)
     return in_range(number, setting.low, setting.high)
 
 
-def read_setting(key, value):
-    """The typed value of setting `key` given as text or number; BadField, or Failure if unknown."""
+def checked_key(key):
     if not isinstance(key, str) or key not in SETTINGS:
         raise Failure("unknown setting %s; known are %s"
                       % (safe(str(key)[:80]), ", ".join(SETTINGS)))
-    return checked(key, typed, SETTINGS[key], str(value).strip())
+    return key
+
+
+def read_setting(key, value):
+    """The typed value of setting `key` given as text or number; BadField, or Failure if unknown."""
+    return checked(key, typed, SETTINGS[checked_key(key)], str(value).strip())
 
 
 def is_text(value):
@@ -536,16 +562,6 @@ def as_id(value):
     value = as_text(value)
     if not 1 <= len(value) <= 128 or not value.isprintable() or " " in value or "/" in value:
         raise ValueError("must be 1 to 128 printable characters without spaces or slashes")
-    return value
-
-
-def as_command(value):
-    size = len(as_text(value).encode())
-    if not value.strip():
-        raise ValueError("must not be empty")
-    if size > MAX_COMMAND:
-        raise ValueError("is too long: %d bytes, at most %d; put it into a script"
-                         % (size, MAX_COMMAND))
     return value
 
 
@@ -610,6 +626,7 @@ FIELDS = {  # what a job may be given -> the check that returns what is stored
     "unique": as_unique,
 }
 OWN_TIMEOUT, OWN_RETRIES = 1, 2  # bits of Job.own: not replaced by the settings on `dlq retry`
+ON_DEAD = 4                      # and: it was enqueued because another job died
 
 PUBLIC = ("id command state attempts max_retries priority timeout created_at updated_at run_after"
           " locked_at started_at finished_at exit_code error cwd env unique").split()
@@ -629,7 +646,7 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".spl
 
     due      ms when a waiting job must be made ready; 0: a row to adopt; else NULL
     ready    1 when it can be claimed, else NULL
-    own      OWN_… bits: what the job brought itself
+    own      bits: OWN_… for what the job brought itself, ON_DEAD
     runs     attempts over its whole life
     serial   of its open attempt, else NULL
     """
@@ -893,6 +910,7 @@ MIGRATIONS = (
         BEGIN
             UPDATE jobs SET ready = NULL, due = 0 WHERE rowid = NEW.rowid;
         END"""),
+    ("ALTER TABLE running ADD COLUMN cancelled INTEGER NOT NULL DEFAULT 0",),
 )
 
 # ---- Store --------------------------------------------------------------------------------------
@@ -900,11 +918,18 @@ MIGRATIONS = (
 # inside `transaction()`, takes the time as `now` (ms), and names the arrow it stands for.
 
 COLUMNS = ", ".join('"%s"' % name for name in Job._fields)
+ATTEMPT = ("number", "worker", "started_at", "finished_at", "exit_code", "signal", "error",
+           "serial", "output_cut", "output_kept")
 
 # An open attempt with what is needed to run it and to judge it. started_at: ms; number: counts
 # over the job's life
 Claim = collections.namedtuple(
     "Claim", "serial slot boot started_at job number attempts max_retries timeout command cwd env")
+
+
+def marks(values):
+    """A place for each of `values` in SQL."""
+    return ", ".join("?" * len(values))
 
 
 class Store:
@@ -1105,7 +1130,9 @@ class Store:
                 self.settings[key] = read_setting(key, stored.get(key, setting.default))
 
     def set_setting(self, key, value):
-        self.write("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)", (key, str(value)))
+        """Store it as text; None: the default."""
+        self.write("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)",
+                   (key, None if value is None else str(value)))
         self.read_settings()
 
     def meta(self, key):
@@ -1121,6 +1148,13 @@ class Store:
     def set_wanted(self, count):
         self.set_meta("workers", str(count))
 
+    def paused(self):
+        """The reason of a pause ("" if none was given), None without one."""
+        return self.meta("paused")
+
+    def set_paused(self, reason):
+        self.set_meta("paused", reason)
+
     def recall(self, once):
         """The answer given to the write `once`, or None."""
         return self.value("SELECT answer FROM answers WHERE once = ?", (once,))
@@ -1134,8 +1168,7 @@ class Store:
 
     def insert(self, jobs):
         """(new) -> pending. The caller has seen that the ids are free."""
-        self.write_all("INSERT INTO jobs (%s) VALUES (%s)" % (
-            COLUMNS, ", ".join("?" * len(Job._fields))), jobs)
+        self.write_all("INSERT INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields)), jobs)
         self.write_all("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
                                     [(job.unique, job.id) for job in jobs if job.unique])
         self.write("UPDATE totals SET enqueued = enqueued + ?", (len(jobs),))
@@ -1206,22 +1239,23 @@ class Store:
 
     # -- attempts
 
-    def claim(self, slots, boot, now):
-        """pending or failed -> processing: a Claim for each of `slots`, as far as jobs are ready,
-        by priority, then age."""
+    def claim(self, slots, boot, now, only=None):
+        """pending or failed -> processing: a Claim for each of `slots`, as far as jobs are ready
+        (of those in `only`, None: of all), by priority, then age."""
+        which = "ready = 1" if only is None else "+ready = 1 AND id IN (%s)" % marks(only)
         rows = self.query("""SELECT rowid, id, runs + 1, attempts, max_retries, timeout, command,
                                     cwd, env
                              FROM jobs
-                             WHERE ready = 1
+                             WHERE %s
                                AND NOT EXISTS (SELECT 1 FROM running WHERE running.job = jobs.id)
                              ORDER BY priority DESC, rowid
-                             LIMIT ?""", (len(slots),))
+                             LIMIT ?""" % which, (*(only or ()), len(slots)))
         if not rows:
             return []
         serial, stamp = self.value("SELECT serial FROM totals"), iso(now)
         claims = [Claim(serial + i + 1, slot, boot, now, *row[1:])
                   for i, (slot, row) in enumerate(zip(slots, rows))]
-        self.write_all("INSERT INTO running VALUES (?, ?, ?, ?, ?)", [
+        self.write_all("INSERT INTO running VALUES (?, ?, ?, ?, ?, 0)", [
             (claim.serial, claim.job, claim.slot, boot, now) for claim in claims])
         self.write_all(
             """UPDATE jobs
@@ -1232,15 +1266,17 @@ class Store:
         self.write("UPDATE totals SET serial = ?", (claims[-1].serial,))
         return claims
 
-    def open_claims(self):
-        """The Claims of all open attempts; of a job deleted meanwhile, command is None."""
+    def open_claims(self, job_id=None):
+        """The Claims of all open attempts, or those of one job; of a job deleted meanwhile,
+        command is None."""
         return [Claim._make(row) for row in self.query(
             """SELECT running.serial, running.slot, running.boot, running.started_at, running.job,
                       jobs.runs, COALESCE(jobs.attempts, 0), COALESCE(jobs.max_retries, 1),
                       COALESCE(jobs.timeout, 0), jobs.command, jobs.cwd, jobs.env
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
-               ORDER BY running.serial""")]
+               WHERE running.job = ?1 OR ?1 IS NULL
+               ORDER BY running.serial""", (job_id,))]
 
     def raise_serial(self, serial):
         """Give no attempt a number up to `serial`."""
@@ -1277,6 +1313,27 @@ class Store:
             self.write("UPDATE totals SET failed = failed + 1, dead = dead + ?",
                        (verdict.state == "dead",))
 
+    def mark_cancelled(self, job_id):
+        """Note that the job's open attempt is to be stopped; False when it has none."""
+        return self.write("UPDATE running SET cancelled = 1 WHERE job = ?", (job_id,)) > 0
+
+    def cancelled(self):
+        """The serials of open attempts that are to be stopped."""
+        return [row[0] for row in self.query("SELECT serial FROM running WHERE cancelled = 1")]
+
+    def cancel(self, job_id, now):
+        """pending or failed -> dead, at its user's wish."""
+        stamp = iso(now)
+        self.write("""UPDATE jobs
+                      SET state = 'dead', error = 'cancelled', ready = NULL, due = NULL,
+                          finished_at = ?, updated_at = ?
+                      WHERE id = ? AND state NOT IN ('completed', 'dead')""",
+                   (stamp, stamp, job_id))
+        self.write("UPDATE totals SET dead = dead + 1", ())
+
+    def delete(self, ids):
+        self.write("DELETE FROM jobs WHERE id IN (%s)" % marks(ids), ids)
+
     def give_back(self, claim, verdict, now):
         """processing -> pending or failed, as it was: the attempt does not count."""
         self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
@@ -1301,15 +1358,23 @@ class Store:
             self.write("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
                        (job.unique, job.id))
 
+    def purge(self, state, before):
+        """Delete jobs in `state` that finished before that date, some at a time; the number."""
+        return self.write("""DELETE FROM jobs
+                             WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_finished
+                                             WHERE finished_at < ? AND state = ?
+                                             LIMIT ?)""", (before, state, PURGE))
+
     def purge_expired(self, now):
         """Delete completed jobs older than the `retention`, some at a time; the number of them."""
         if not self.settings["retention"]:
             return 0
-        return self.write("""DELETE FROM jobs
-                             WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_finished
-                                             WHERE finished_at < :before AND state = 'completed'
-                                             LIMIT :most)""",
-                          {"before": iso(now - self.settings["retention"]), "most": PURGE})
+        return self.purge("completed", iso(now - self.settings["retention"]))
+
+    def count_finished(self, state, before):
+        """How many jobs in `state` finished before that date."""
+        return self.value("""SELECT COUNT(*) FROM jobs INDEXED BY jobs_finished
+                             WHERE finished_at < ? AND state = ?""", (before, state))
 
     def has_chores(self, now):
         """Whether there are rows to adopt or to purge."""
@@ -1332,6 +1397,42 @@ class Store:
                           " LIMIT :limit" % (COLUMNS, "state = :state AND " if state else ""),
                           {"after": after, "limit": limit, "state": state})
         return [(row[0], Job._make(row[1:])) for row in rows]
+
+    def ended(self, ids):
+        """[(id, state, exit_code, error)] of those of the jobs that exist; state: None if it has
+        yet to end."""
+        return self.query("""SELECT id, CASE WHEN state IN ('completed', 'dead') THEN state END,
+                                    exit_code, error
+                             FROM jobs WHERE id IN (%s)""" % marks(ids), ids)
+
+    def unsettled(self, now, only=None):
+        """Whether jobs run, are ready or wait for another try: of those in `only`, or (None) of
+        all but those that wait for the time a user gave."""
+        if only is not None:
+            return any(row[1] is None for row in self.ended(list(only)))
+        return self.value("""SELECT EXISTS (SELECT 1 FROM running)
+                                 OR EXISTS (SELECT 1 FROM jobs WHERE ready = 1)
+                                 OR EXISTS (SELECT 1 FROM jobs WHERE due <= ?)
+                                 OR EXISTS (SELECT 1 FROM jobs WHERE state = 'failed')""",
+                          (now,)) == 1
+
+    def latest(self, state, limit):
+        """The Jobs in `state` that finished last, latest first."""
+        return [Job._make(row) for row in self.query(
+            """SELECT %s FROM jobs INDEXED BY jobs_finished
+               WHERE state = ? ORDER BY finished_at DESC LIMIT ?""" % COLUMNS, (state, limit))]
+
+    def attempts(self, job_id):
+        """[dict] of the job's closed attempts, first to last."""
+        rows = self.query("""SELECT number, worker, started_at, finished_at, exit_code, signal,
+                                    error, serial, dropped, COALESCE(length(output), 0)
+                             FROM attempts WHERE job = ? ORDER BY serial""", (job_id,))
+        return [dict(zip(ATTEMPT, row)) for row in rows]
+
+    def output(self, serial, start, limit):
+        """`limit` bytes from `start` on of the output kept of a closed attempt."""
+        return bytes(self.value("SELECT substr(output, ?, ?) FROM attempts WHERE serial = ?",
+                                (start + 1, limit, serial)) or b"")
 
     def counts(self):
         """{state: number of jobs}"""
@@ -1401,6 +1502,18 @@ class Spool:
                 return file.read(limit), start
         except OSError:
             return b"", 0
+
+    def piece(self, claim, offset, limit):
+        """(bytes of what the running attempt wrote, from byte `offset` of it on, or from what is
+        left of it on; where they start)."""
+        before = self.record(claim).get("dropped", 0)
+        if before is not None:  # else it is just being cut
+            with contextlib.suppress(OSError), open(self.run(claim.serial), "rb") as file:
+                file.seek(max(offset - before, 0))
+                data = file.read(limit)
+                if self.record(claim).get("dropped", 0) == before:
+                    return data, max(offset, before)
+        return b"", offset
 
     def discard(self, serial):
         with contextlib.suppress(OSError):  # what stays is removed at the next start
@@ -1493,6 +1606,7 @@ class Attempt:
         self.deadline = None    # monotonic: the next thing to do of its own accord
         self.kill_at = None     # monotonic: end of the grace, once it is being stopped
         self.status = None      # of the leader, once it has ended
+        self.record = {}        # what is noted while it runs
         self.over = False       # all is done and noted
 
     def start(self, now):
@@ -1507,8 +1621,9 @@ class Attempt:
             self.finish("unstarted" if error.errno in UNSTARTED else "refused",
                         "can't start%s: %s" % (place, os.strerror(error.errno)))
             return
-        self.note(serial=self.serial, phase="running", pid=self.process.pid,
-                  start=process_start(self.process.pid))
+        self.record = {"serial": self.serial, "phase": "running", "pid": self.process.pid,
+                       "start": process_start(self.process.pid)}
+        self.note(**self.record)
         if self.order["timeout"]:
             self.deadline = now + self.order["timeout"] / 1000.0
 
@@ -1548,14 +1663,17 @@ class Attempt:
             self.cut()
 
     def cut(self):
-        """Leave the last `limit` bytes. Written first, then cut: a crash leaves too much."""
+        """Leave the last `limit` bytes. Written first, then cut: a crash leaves too much. Who
+        reads meanwhile is told."""
         limit = self.order["limit"]
         with contextlib.suppress(OSError):
             tail = os.pread(self.file, limit, self.size - limit) if limit else b""
+            self.note(dropped=None, **self.record)
             os.pwrite(self.file, tail, 0)
             os.ftruncate(self.file, len(tail))
             self.dropped += self.size - len(tail)
             self.size = len(tail)
+            self.note(dropped=self.dropped, **self.record)
 
     def drain(self):
         """Take what is in the pipe now: whoever still writes there is not waited for."""
@@ -1645,8 +1763,8 @@ class Attempt:
 
 
 # ---- Protocol -----------------------------------------------------------------------------------
-# JSON over sockets that never block: the loop that watches them, their buffers, where a request
-# ends, and who is at the other end.
+# JSON over Unix sockets. The daemon's never block: the loop that watches them, their buffers, where
+# a request ends, who is at the other end. A client asks and waits.
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -1836,6 +1954,31 @@ def peer_uid(sock):
     if hasattr(socket, "LOCAL_PEERCRED"):  # struct xucred: version, uid, …
         return struct.unpack("2I", sock.getsockopt(0, socket.LOCAL_PEERCRED, 8))[1]
     return None
+
+
+def ask(path, request, patience=ANSWER_S):
+    """The answer of the daemon at socket `path`; Unreachable when there is none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(patience)
+        try:
+            sock.connect(path)
+            if peer_uid(sock) not in (os.geteuid(), None):
+                raise Failure("%s is served by another user (uid %d); give another --socket"
+                              % (safe(path), peer_uid(sock)))
+            sock.sendall(encode_request(request))
+            data = bytearray()
+            while not data.endswith(b"\n"):
+                piece = sock.recv(1 << 18)
+                if not piece:
+                    raise Unreachable("the daemon at %s broke off" % safe(path))
+                data += piece
+        except socket.timeout:
+            raise Failure("the daemon at %s does not answer; whether it did what was asked shows:"
+                          " list" % safe(path))
+        except OSError as error:
+            raise Unreachable("nobody answers at %s: %s" % (safe(path), error.strerror or error))
+    answer = decode_json(data.decode("utf-8", "replace"), "the answer from %s" % safe(path))
+    return answer if isinstance(answer, dict) else {}
 
 
 # ---- Worker -------------------------------------------------------------------------------------
@@ -2028,7 +2171,7 @@ class Hand:
         self.process = process
         self.channel = None
         self.claim = None       # what it runs
-        self.since = 0.0        # monotonic: when it was given that
+        self.since = monotonic()  # of that, or of its leisure
         self.leaving = False    # ends after its job
 
 
@@ -2040,12 +2183,13 @@ class Orphan:
         self.since = since      # monotonic; at first it is looked at often
         self.kill_at = None     # monotonic: SIGKILL, once it is being stopped
         self.attended = True    # its worker, another daemon's child, still works at it
+        self.cancelled = False  # its command is to be stopped even so
 
 
 def result_of(claim, verdict, record, spool, limit, worker=None):
     """The Result for what `settle` says of an attempt: "take", "give back" or "lost"."""
     output, cut = spool.tail(claim.serial, limit)
-    dropped = record.get("dropped", 0) + cut
+    dropped = (record.get("dropped") or 0) + cut
     if verdict == "take":
         outcome = Outcome(record.get("status"), record.get("reason", ""),
                           record.get("detail", ""), dropped, record.get("at"))
@@ -2081,6 +2225,14 @@ class Pool:
     def count(self):
         """Workers alive: ours, and another daemon's that are still busy."""
         return len(self.hands) + sum(orphan.attended for orphan in self.orphans.values())
+
+    def roll(self, now):
+        """[(pid, state, Claim or None, ms it has been so)] of the workers; pid None: another
+        daemon's."""
+        return [(hand.process.pid, "leaving" if hand.leaving else "busy" if hand.claim else "idle",
+                 hand.claim, int((now - hand.since) * 1000)) for hand in self.hands.values()] + [
+            (None, "leaving", orphan.claim, int((now - orphan.since) * 1000))
+            for orphan in self.orphans.values() if orphan.attended]
 
     def converge(self, wanted, now):
         """Start what is missing, retire what is too much, idle ones first."""
@@ -2178,11 +2330,19 @@ class Pool:
                 if hand.process.exitcode is None:  # else the pid may be another's
                     os.kill(hand.process.pid, signal.SIGKILL)
 
-    def stop_commands(self, reason):
-        """Have all running commands stopped."""
+    def stop_commands(self, *, leaving=False):
+        """Have running commands stopped and given back: all, or those whose worker is leaving."""
         for hand in list(self.hands.values()):
-            if hand.claim:
-                hand.channel.send(encode({"stop": hand.claim.serial, "reason": reason}))
+            if hand.claim and (hand.leaving or not leaving):
+                hand.channel.send(encode({"stop": hand.claim.serial, "reason": "stopped"}))
+
+    def cancel(self, serials):
+        """Have these commands stopped for good; once more does no harm."""
+        for hand in list(self.hands.values()):
+            if hand.claim and hand.claim.serial in serials:
+                hand.channel.send(encode({"stop": hand.claim.serial, "reason": "cancelled"}))
+        for serial in set(serials) & set(self.orphans):
+            self.orphans[serial].cancelled, self.look_at = True, 0.0
 
     # -- what became of it
 
@@ -2204,7 +2364,7 @@ class Pool:
         for orphan in self.orphans.values():
             verdict, record = examine(orphan.claim, self.spool, self.boot)
             orphan.attended = verdict == "leave"
-            if verdict == "stop":
+            if verdict == "stop" or (verdict == "leave" and orphan.cancelled):
                 self.stop_orphan(orphan, record, now)
                 soon = True
             elif verdict == "leave":
@@ -2234,7 +2394,7 @@ class Pool:
             return
         hand = self.hands.get(claim.slot)
         if hand and hand.claim is claim:
-            hand.claim = None
+            hand.claim, hand.since = None, monotonic()
             self.rung.pop(hand.slot, None)
             if hand.leaving:
                 self.drop(hand)
@@ -2310,6 +2470,51 @@ def as_count(value):
     return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
 
 
+def known_job(store, job_id):
+    job = store.job(job_id) if is_text(job_id) else None
+    if job is None:
+        raise Failure("no job %s; see: list" % safe(str(job_id)[:128]))
+    return job
+
+
+def selected(context, states, ids, state, after):
+    """([Job], cursor) of the jobs that a request means: those named, each of which must be in one
+    of `states`, or a page of those in `state` beyond `after`."""
+    if state is not None:
+        if state not in states:
+            raise BadField("state", "must be one of " + ", ".join(states))
+        rows = context.store.jobs(state, checked("after", as_int, after, 0, 1 << 62), PAGE_JOBS)
+        return [job for _, job in rows], rows[-1][0] if len(rows) == PAGE_JOBS else None
+    ids = [ids] if isinstance(ids, str) else ids
+    if not isinstance(ids, list) or not 0 < len(ids) <= BATCH_JOBS:
+        raise Failure("name the jobs, 1 to %d of them, or give a state" % BATCH_JOBS)
+    jobs = [known_job(context.store, job_id) for job_id in ids]
+    for job in jobs:
+        if job.state not in states:
+            raise Failure("job %s is %s, not %s; see: show %s" % (
+                safe(job.id), job.state, " or ".join(states), safe(job.id)))
+    return list(dict.fromkeys(jobs)), None
+
+
+def on_death(store, job_id, now):
+    """Enqueue the `on-dead` line for a job that has just died; its own death enqueues nothing."""
+    line = store.settings["on-dead"]
+    job = store.job(job_id) if line else None
+    if job is None or job.own & ON_DEAD:
+        return
+    command = job.command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")
+    new = make_job({"command": line, "env": {
+        "QUEUECTL_DEAD_ID": job.id, "QUEUECTL_DEAD_ERROR": job.error or "",
+        "QUEUECTL_DEAD_COMMAND": command}}, store.settings, now)
+    store.insert([new._replace(own=ON_DEAD)])
+
+
+def pause_note(context):
+    """{"paused": reason} for an answer while nothing new is started, else {}."""
+    reason = context.store.paused()
+    return {} if reason is None else {"paused": reason}
+
+
 def refuse_taken(store, job_id):
     if store.has(job_id):
         raise Failure("job id %s is taken; choose another, or leave it out" % safe(job_id))
@@ -2326,7 +2531,7 @@ def op_enqueue(context, job=None, cwd=None):
         return reply("Job already queued", id=holder)
     refuse_taken(store, new.id)
     store.insert([new])
-    return reply("Job enqueued", id=new.id)
+    return reply("Job enqueued", id=new.id, **pause_note(context))
 
 
 @operation("enqueue", "batch", names=("jobs", "cwd", "ids"), bare="jobs", writes=True)
@@ -2355,13 +2560,29 @@ def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
         except Failure as error:
             raise Failure(str(error), index=index)
     store.insert(new)
-    return reply("Enqueued %s" % plural(len(new), "job"), **({"ids": told} if ids else {}))
+    return reply("Enqueued %s" % plural(len(new), "job"), **dict(
+        {"ids": told} if ids else {}, **pause_note(context)))
 
 
-@operation("status")
-def op_status(context):
-    daemon = context.daemon
-    return reply({"jobs": context.store.counts(), "workers": daemon.pool.count() if daemon else 0})
+def worker_list(context):
+    """[dict] of the workers; `since`: of its job, or of its leisure."""
+    roll = context.daemon.pool.roll(monotonic()) if context.daemon else ()
+    return [{"pid": pid, "state": state, "job": claim and claim.job,
+             "attempt": claim and claim.number, "since": iso(context.now - ms)}
+            for pid, state, claim, ms in roll]
+
+
+@operation("status", names=("full",))
+def op_status(context, full=False):
+    """Counts; with `full` also what `status --watch` shows."""
+    store, daemon = context.store, context.daemon
+    told = dict({"jobs": store.counts(), "workers": daemon.pool.count() if daemon else 0},
+                **pause_note(context))
+    if full:
+        told.update(running=worker_list(context), totals=store.totals(), now=iso(context.now),
+                    unsettled=store.unsettled(context.now),
+                    deaths=[job.public() for job in store.latest("dead", 5)])
+    return reply(told)
 
 
 @operation("list", names=("state", "after", "limit"), bare="state")
@@ -2388,26 +2609,147 @@ def op_dlq_list(context, after=0, limit=PAGE_JOBS):
     return op_list(context, "dead", after, limit)
 
 
-@operation("dlq", "retry", names=("ids",), bare="ids", writes=True)
-def op_dlq_retry(context, ids=()):
-    """Queue dead jobs again; all of them or none."""
-    store = context.store
-    ids = [ids] if isinstance(ids, str) else ids
-    if not isinstance(ids, list) or not ids or not all(map(is_text, ids)):
-        raise Failure("name the jobs to retry; see: dlq list")
-    for job_id in ids:
-        job = store.job(job_id)
-        if job is None or job.state != "dead":
-            raise Failure("job %s is not in the dead letter queue (%s); see: dlq list" % (
-                safe(job_id), "it is " + job.state if job else "no such job"))
-        holder = job.unique and store.holder(job.unique)
-        if holder:
-            raise Failure("job %s can't be retried: its unique key is held by job %s"
-                          % (safe(job_id), safe(holder)))
-        if store.open_serial(job_id) is not None:
-            raise Failure("job %s is still being stopped; try again in a moment" % safe(job_id))
-        store.requeue(job, context.now)
-    return reply("%s %s added to queue" % ("Job" if len(ids) == 1 else "Jobs", ", ".join(ids)))
+def retry_obstacle(store, job):
+    """Why a dead job can't be queued again, or None."""
+    holder = job.unique and store.holder(job.unique)
+    if holder:
+        return ("job %s can't be retried: its unique key is held by job %s"
+                % (safe(job.id), safe(holder)))
+    if store.open_serial(job.id) is not None:
+        return "job %s is still being stopped; try again in a moment" % safe(job.id)
+    return None
+
+
+@operation("dlq", "retry", names=("ids", "state", "after"), bare="ids", writes=True)
+def op_dlq_retry(context, ids=(), state=None, after=0):
+    """Queue dead jobs again: those named, all or none; of a page of all, those that can be."""
+    store, refused = context.store, []
+    jobs, cursor = selected(context, ("dead",), ids, state, after)
+    for job in jobs:
+        obstacle = retry_obstacle(store, job)
+        if obstacle is None:
+            store.requeue(job, context.now)
+        elif state is None:
+            raise Failure(obstacle)
+        else:
+            refused.append(obstacle)
+    named = "" if state else ", ".join(job.id for job in jobs)
+    return reply("%s%s added to queue" % ("Jobs" if len(jobs) > 1 else "Job", named and " " + named),
+                 count=len(jobs) - len(refused), refused=refused, next=cursor)
+
+
+@operation("cancel", names=("ids", "state", "after", "dry_run"), bare="ids", writes=True)
+def op_cancel(context, ids=(), state=None, after=0, dry_run=False):
+    """Make waiting jobs dead, have running ones stopped: those named, all or none, or a page."""
+    store, stopping = context.store, []
+    jobs, cursor = selected(context, UNFINISHED, ids, state, after)
+    for job in () if dry_run else jobs:
+        if store.mark_cancelled(job.id):
+            stopping.append(job.id)
+        else:
+            store.cancel(job.id, context.now)
+            on_death(store, job.id, context.now)
+    return reply("Cancelled %s" % plural(len(jobs), "job"), count=len(jobs), stopping=stopping,
+                 next=cursor)
+
+
+@operation("delete", names=("ids", "state", "older_than", "after", "dry_run"), bare="ids",
+           writes=True)
+def op_delete(context, ids=(), state=None, older_than=0, after=0, dry_run=False):
+    """Delete finished jobs: those named, all or none, or some of those in `state` that finished
+    `older_than` ms ago or before; `next` is None once there are no more."""
+    if state is None:
+        jobs, more = selected(context, FINISHED, ids, None, 0)[0], False
+        count = len(jobs)
+        if not dry_run:
+            context.store.delete([job.id for job in jobs])
+    elif state not in FINISHED:
+        raise BadField("state", "must be one of " + ", ".join(FINISHED))
+    else:
+        before = iso(context.now + 1 - checked("older_than", as_ms, older_than))
+        act = context.store.count_finished if dry_run else context.store.purge
+        count = act(state, before)
+        more = not dry_run and count == PURGE
+    return reply("Deleted %s" % plural(count, "job"), count=count, next=0 if more else None)
+
+
+def waiting_for(context, job):
+    """What keeps a job from running; None once it runs or has ended."""
+    if job.state not in ("pending", "failed"):
+        return None
+    if job.due and job.due > context.now:
+        return "its time, %s" % iso(job.due)
+    if context.store.paused() is not None:
+        return "the end of the pause; go on with: resume"
+    busy = context.daemon and context.daemon.pool.count()
+    return "a free worker" if busy else "a worker; start one with: worker start"
+
+
+@operation("show", names=("id",), bare="id")
+def op_show(context, id=None):
+    """The job with its attempts, first to last, and what it waits for."""
+    store, job = context.store, known_job(context.store, id)
+    history = store.attempts(job.id) + [
+        dict(dict.fromkeys(ATTEMPT), number=claim.number, started_at=iso(claim.started_at),
+             serial=claim.serial)
+        for claim in store.open_claims(job.id)]
+    return reply(dict(job.public(), waiting_for=waiting_for(context, job), history=history))
+
+
+@operation("logs", names=("id", "attempt", "offset", "limit", "work"), bare="id")
+def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=False):
+    """A piece of what an attempt (None: the last) wrote, in base64, from byte `offset` of it on.
+
+    `start`: where the piece starts, later than asked if what came before was cut; `serial`: of
+    the attempt, None if there is none; `last`: the number of the last attempt; `over`: it has
+    ended. With `work` a temporary daemon takes the job on.
+    """
+    import base64
+    store, job = context.store, known_job(context.store, id)
+    offset, limit = checked("offset", as_int, offset, 0, 1 << 62), checked(
+        "limit", as_int, limit, 0, PAGE_OUTPUT)
+    past = {one["number"]: one for one in store.attempts(job.id)}
+    running = {claim.number: claim for claim in store.open_claims(job.id)}
+    last = max(itertools.chain(past, running), default=None)
+    number = last if attempt is None else attempt
+    data, start, serial = b"", offset, None
+    if number in running:
+        serial = running[number].serial
+        data, start = Spool(store.path).piece(running[number], offset, limit)
+    elif number in past:
+        serial, cut = past[number]["serial"], past[number]["output_cut"]
+        start = max(offset, cut)
+        data = store.output(serial, start - cut, limit)
+    if work and context.daemon:
+        context.daemon.take_on(job.id)
+    return reply(base64.b64encode(data).decode(), attempt=number, serial=serial, start=start,
+                 last=last, over=number in past, state=job.state, exit_code=job.exit_code,
+                 error=job.error, served=context.daemon is not None)
+
+
+@operation("wait", names=("ids",), bare="ids")
+def op_wait(context, ids=()):
+    """[[id, state, exit code, error]] of those of the jobs that have ended."""
+    if not isinstance(ids, list) or len(ids) > BATCH_JOBS or not all(map(is_text, ids)):
+        raise Failure("ids must be a list of at most %d" % BATCH_JOBS)
+    rows = context.store.ended(ids)
+    for job_id in set(ids) - {row[0] for row in rows}:
+        known_job(context.store, job_id)
+    return reply([row for row in rows if row[1]])
+
+
+@operation("pause", names=("reason",), bare="reason", writes=True)
+def op_pause(context, reason=""):
+    """Start nothing new until `resume`."""
+    context.store.set_paused(checked("reason", as_text, reason or ""))
+    return reply("Queue paused")
+
+
+@operation("resume", writes=True)
+def op_resume(context):
+    paused = context.store.paused() is not None
+    context.store.set_paused(None)
+    return reply("Queue resumed" if paused else "Queue was not paused")
 
 
 @operation("config", "set", names=("key", "value"), writes=True)
@@ -2417,11 +2759,16 @@ def op_config_set(context, key=None, value=None):
     return reply("Updated %s to %s" % (key, safe(text)))
 
 
+@operation("config", "unset", names=("key",), bare="key", writes=True)
+def op_config_unset(context, key=None):
+    checked_key(key)
+    context.store.set_setting(key, None)
+    return reply("%s is back to its default, %s" % (key, compact(context.store.settings[key])))
+
+
 @operation("config", "get", names=("key",), bare="key")
 def op_config_get(context, key=None):
-    if not is_text(key) or key not in SETTINGS:
-        read_setting(key, "")
-    return reply(context.store.settings[key])
+    return reply(context.store.settings[checked_key(key)])
 
 
 @operation("config", "list")
@@ -2454,10 +2801,20 @@ def op_worker_start(context, count=1):
     return reply("Started %s" % plural(count, "worker"))
 
 
-@operation("worker", "stop", writes=True, needs_daemon=True)
-def op_worker_stop(context):
-    context.store.set_wanted(0)
-    return reply("Stopped workers")
+@operation("worker", "list")
+def op_worker_list(context):
+    return reply(worker_list(context))
+
+
+@operation("worker", "stop", names=("count", "now"), bare="count", writes=True, needs_daemon=True)
+def op_worker_stop(context, count=None, now=False):
+    """Want `count` workers fewer (None: none at all); `now`: stop their jobs, give them back."""
+    wanted = context.store.wanted()
+    fewer = wanted if count is None else min(wanted, checked("count", as_count, count))
+    context.store.set_wanted(wanted - fewer)
+    if context.daemon and now:
+        context.daemon.stop_leaving = True
+    return reply("Stopped workers" if count is None else "Stopped %s" % plural(fewer, "worker"))
 
 
 @operation("daemon", "stop", names=("grace",), bare="grace", needs_daemon=True)
@@ -2469,6 +2826,15 @@ def op_daemon_stop(context, grace=None):
     return reply("Daemon stopping", pid=os.getpid())
 
 
+@operation("daemon", "yield")
+def op_daemon_yield(context):
+    """A temporary daemon gives lock and socket up to one that is to stay."""
+    if context.daemon is None or context.daemon.kind == "daemon":
+        raise Failure("only a temporary daemon gives way")
+    context.daemon.give_way()
+    return reply("Giving way", pid=os.getpid())
+
+
 @operation("daemon", "status", needs_daemon=True)
 def op_daemon_status(context):
     return reply(context.daemon.about())
@@ -2478,6 +2844,10 @@ def record_results(store, results, now):
     """Store what became of attempts: [(Result, Verdict)]."""
     done = []
     for result in results:
+        if result.outcome.reason or result.outcome.status:
+            if result.claim.serial in store.cancelled():
+                result = result._replace(outcome=result.outcome._replace(
+                    reason="cancelled", detail=""))
         spread = 0.0
         if store.settings["jitter"]:
             import random
@@ -2487,6 +2857,8 @@ def record_results(store, results, now):
             store.give_back(result.claim, verdict, now)
         else:
             store.finish(result.claim, verdict, result.outcome, result.output, result.worker, now)
+            if verdict.state == "dead":
+                on_death(store, result.claim.job, now)
         done.append((result, verdict))
     return done
 
@@ -2509,6 +2881,8 @@ def adopt_strangers(store, now):
             job = (job.waiting(verdict.due, now)._replace(run_after=iso(verdict.due))
                    if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
         store.adopt(rowid, job._replace(serial=None))
+        if job.state == "dead" != row.state:
+            on_death(store, job.id, now)
     return len(strangers)
 
 
@@ -2560,16 +2934,25 @@ class Lock:
             self.fd = None
 
 
-def daemon_lock(db):
-    """The Lock for a starting daemon: a command's is waited for, a daemon's refused."""
+def daemon_lock(db, kind):
+    """The Lock for a starting daemon: a command's is waited for, a daemon's refused, but one that
+    is to stay ("daemon") has a temporary one give way."""
     lock, deadline = Lock(db), monotonic() + 5
     while not lock.take():
         text = lock.text()
         lock.release()
-        daemon = text.get("kind") == "daemon" and process_start(text.get("pid") or 0)
-        if daemon or monotonic() > deadline:  # a dead pid: its successor has yet to sign
-            raise Failure("a %s, pid %s, already serves %s; stop it with: daemon stop"
-                          % (text.get("kind", "process"), text.get("pid", "unknown"), safe(db)))
+        holder = text.get("kind")
+        # a dead pid: its successor has yet to sign
+        serves = holder not in (None, "command") and process_start(text.get("pid") or 0)
+        if serves and holder != "daemon" == kind and text.get("socket"):
+            with contextlib.suppress(Failure):
+                ask(text["socket"], {"command": "daemon", "option": "yield", "db": db}, 2)
+        elif serves:
+            deadline = 0
+        if monotonic() > deadline:
+            raise Failure("a %s, pid %s, already serves %s; %s" % (
+                text.get("kind", "process"), text.get("pid", "unknown"), safe(db),
+                "stop it with: daemon stop" if holder == "daemon" else "wait until it is done"))
         time.sleep(0.02)
     return lock
 
@@ -2734,10 +3117,17 @@ def open_store(db, known):
 
 class Daemon:
     """Serves the queue `db` until it is stopped. `sock`: where; `sock_given`: there or not at
-    all; `workers`: wanted from now on, None: as stored; `grace`: s, see `stop`."""
+    all; `workers`: wanted from now on, None: as stored; `grace`: s, see `stop`.
 
-    def __init__(self, db, sock, *, sock_given=False, workers=None, grace=None):
+    kind: "daemon", or a temporary one, which gives way to that: "drain" ends when there is no
+    more to do, "run" works the jobs in `only` and no others, and ends with them.
+    """
+
+    def __init__(self, db, sock, *, kind="daemon", only=None, sock_given=False, workers=None,
+                 grace=None):
         self.db = db
+        self.kind = kind
+        self.only = None if only is None else set(only)
         self.sock = sock
         self.sock_given = sock_given
         self.grace = grace
@@ -2754,6 +3144,11 @@ class Daemon:
         self.look_at = 0.0         # monotonic
         self.retry_at = None       # monotonic: after trouble with the storage
         self.pause_s = BUSY_S
+        self.paused = False        # nothing new is started
+        self.died = 0              # jobs, since the start
+        self.stop_leaving = False  # running jobs of leaving workers are to be stopped
+        self.yielded = False       # to a daemon that is to stay
+        self.done = False          # a temporary one has worked all it was to
         self.stopping = False
         self.forced_at = None      # monotonic: running jobs are stopped then
         self.signals = []          # numbers that came
@@ -2763,19 +3158,20 @@ class Daemon:
 
     def start(self):
         """Take the lock, open everything, settle what is open; returns the ready line."""
-        self.lock = daemon_lock(self.db)
+        self.lock = daemon_lock(self.db, self.kind)
         identity = self.lock.text().get("identity")
-        self.lock.write("daemon", None, identity)
+        self.lock.write(self.kind, None, identity)
         self.store = open_store(self.db, identity)
         self.server = self.listen()
-        self.lock.write("daemon", self.sock, self.store.known)
+        self.lock.write(self.kind, self.sock, self.store.known)
         self.spool = Spool(self.db)
         private_directory(self.spool.path)
         self.pool = Pool(self.spool, self.loop, self.log, self.open_files)
         self.catch_signals()
         self.take_over()
         self.loop.want(self.server.socket, READ, self.on_connection)
-        self.log("started: queuectl %s, %s" % (VERSION, plural(self.wanted, "worker")))
+        self.log("started: queuectl %s %s, %s" % (VERSION, self.kind,
+                                                  plural(self.wanted, "worker")))
         self.step()
         return "queuectl %s daemon ready: pid %d, socket %s, database %s, %s" % (
             VERSION, os.getpid(), safe(self.sock), safe(self.db), plural(self.wanted, "worker"))
@@ -2814,9 +3210,10 @@ class Daemon:
         """What earlier holders of the lock left: open attempts, run files, numbers, workers."""
         claims, serials = self.store.open_claims(), self.spool.serials()
         patiently(lambda: self.begin(max(serials, default=0)))
-        self.wanted = self.store.wanted()
+        self.heed()
         for claim in claims:
             self.pool.orphans[claim.serial] = Orphan(claim, monotonic())
+        self.pool.cancel(self.store.cancelled())
         for serial in set(serials) - {claim.serial for claim in claims}:
             self.spool.discard(serial)
 
@@ -2826,10 +3223,17 @@ class Daemon:
         with store.transaction():
             store.raise_serial(serial)
             store.recount()
-            store.note_startup(now)
             store.pull_in(now)
-            if self.wanted is not None:
-                store.set_wanted(self.wanted)
+            if self.kind == "daemon":
+                store.note_startup(now)
+                if self.wanted is not None:
+                    store.set_wanted(self.wanted)
+
+    def heed(self):
+        """Do as the database says from now on."""
+        self.paused = self.store.paused() is not None
+        if self.kind == "daemon":
+            self.wanted = self.store.wanted()
 
     def run(self, on_ready):
         """Serve until stopped; the exit status."""
@@ -2858,6 +3262,8 @@ class Daemon:
             self.lock.release()
 
     def finished(self):
+        if self.yielded:
+            return not self.writes
         waited_for = set(self.pool.hands)
         if self.retry_at is not None:  # noted outcomes wait for the next daemon as well
             waited_for -= set(self.pool.rung)
@@ -2871,6 +3277,27 @@ class Daemon:
             self.stopping = self.pool.uneven = True
         if grace is not None:
             self.forced_at = monotonic() + grace
+
+    def give_way(self):
+        """Stop at once: what runs is finished by its worker and settled by the next daemon."""
+        self.stop()
+        self.yielded = True
+
+    def take_on(self, job_id):
+        """Work this job too, with a worker of its own."""
+        if self.kind == "run" and job_id not in self.only and not self.stopping:
+            self.only.add(job_id)
+            self.wanted = min(len(self.only), MAX_WORKERS)
+            self.pool.uneven = self.hungry = True
+
+    def is_done(self):
+        """Whether a temporary daemon has no more to do."""
+        if self.kind == "daemon" or self.writes or any(
+                hand.claim for hand in self.pool.hands.values()):
+            return False
+        with contextlib.suppress(StorageError):
+            return not self.store.unsettled(now_ms(), self.only)
+        return False
 
     def uptime_s(self):
         return monotonic() - self.started
@@ -2891,10 +3318,13 @@ class Daemon:
         now = monotonic()
         if self.forced_at is not None and now >= self.forced_at:
             self.forced_at = None
-            self.pool.stop_commands("stopped")
+            self.pool.stop_commands()
         if now >= self.look_at:
             self.look(now)
         self.turn(now)
+        if not self.stopping and self.is_done():
+            self.done = True
+            self.stop()
         if self.pool.uneven:
             self.pool.converge(0 if self.stopping else self.wanted, now)
 
@@ -2922,7 +3352,8 @@ class Daemon:
                     or (self.hungry and self.can_start(now)))
 
     def can_start(self, now):
-        return self.pool.idle and not self.stopping and now >= self.pool.hold_until
+        return (self.pool.idle and not self.stopping and not self.paused
+                and now >= self.pool.hold_until)
 
     def look(self, now):
         """Once a second: is everything still ours, what did other programs do?"""
@@ -3012,11 +3443,13 @@ class Daemon:
         if any(result.outcome.reason == "unstarted" for result, _ in done):
             self.pool.hold_until = now + LOOK_S
             self.hungry = True
-        if self.stopping or now < self.pool.hold_until:
+        if any(verdict.state == "dead" for _, verdict in done):
+            self.hungry = True  # for what `on-dead` has enqueued
+        if self.stopping or self.paused or now < self.pool.hold_until:
             return []
         slots = list(self.pool.idle) if self.hungry else []
         slots += [result.claim.slot for result, _ in done if self.pool.frees(result.claim)]
-        claims = self.store.claim(slots, self.pool.boot, now_ms()) if slots else []
+        claims = self.store.claim(slots, self.pool.boot, now_ms(), self.only) if slots else []
         if slots:
             self.hungry = len(claims) == len(slots)
         return claims
@@ -3027,6 +3460,7 @@ class Daemon:
         for result, verdict in done:
             self.pool.close(result.claim)
             if verdict.state == "dead":
+                self.died += 1
                 self.log("job dead: %s, %s" % (result.claim.job, verdict.error))
             elif result.outcome.reason == "unstarted":
                 self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
@@ -3035,14 +3469,22 @@ class Daemon:
                 self.pool.hand_out(claim, self.order(claim))
             else:
                 self.pool.orphans[claim.serial] = Orphan(claim, now)
-        wanted = None
+        answered = list(answered)
+        if answered:
+            self.obey(now)
         for (channel, _, _), answer in answered:
-            if wanted is None:
-                wanted = self.wanted = self.store.wanted()
-                self.pool.uneven = self.hungry = True
-                self.pool.converge(0 if self.stopping else wanted, now)
             self.send(channel, answer)
             self.pump(channel)
+
+    def obey(self, now):
+        """After writes: whatever they want changed in what runs."""
+        self.heed()
+        self.hungry = self.pool.uneven = True
+        self.pool.cancel(self.store.cancelled())
+        self.pool.converge(0 if self.stopping else self.wanted, now)
+        if self.stop_leaving:
+            self.stop_leaving = False
+            self.pool.stop_commands(leaving=True)
 
     def order(self, claim):
         """What a worker needs to run the claim."""
@@ -3139,6 +3581,8 @@ class Daemon:
                 raise Failure("the daemon at %s serves %s, not %s" % (
                     safe(self.sock), safe(self.db), safe(str(request["db"]))))
             found, arguments = resolve(request)
+            if found.needs_daemon and self.kind != "daemon":
+                raise NoDaemon(self.db)
         except Failure as error:
             self.send(channel, error_answer(error))
             return
@@ -3197,10 +3641,6 @@ class Daemon:
 Place = collections.namedtuple("Place", "db db_given socket socket_given")
 
 
-class Unreachable(Failure):
-    """Nobody answers now; asking again may help, and repeats nothing that was done."""
-
-
 def default_db():
     """Beside this file if the directory is ours alone and no bin, else where state is kept."""
     folder = os.path.dirname(os.path.realpath(__file__))
@@ -3235,31 +3675,6 @@ def make_default_folder(place):
             raise Failure("can't make %s: %s; give a --db" % (safe(folder), error.strerror))
 
 
-def ask(path, request, patience=ANSWER_S):
-    """The answer of the daemon at socket `path`; Unreachable when there is none."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(patience)
-        try:
-            sock.connect(path)
-            if peer_uid(sock) not in (os.geteuid(), None):
-                raise Failure("%s is served by another user (uid %d); give another --socket"
-                              % (safe(path), peer_uid(sock)))
-            sock.sendall(encode_request(request))
-            data = bytearray()
-            while not data.endswith(b"\n"):
-                piece = sock.recv(1 << 18)
-                if not piece:
-                    raise Unreachable("the daemon at %s broke off" % safe(path))
-                data += piece
-        except socket.timeout:
-            raise Failure("the daemon at %s does not answer; whether it did what was asked shows:"
-                          " list" % safe(path))
-        except OSError as error:
-            raise Unreachable("nobody answers at %s: %s" % (safe(path), error.strerror or error))
-    answer = decode_json(data.decode("utf-8", "replace"), "the answer from %s" % safe(path))
-    return answer if isinstance(answer, dict) else {}
-
-
 class NobodyThere(Failure):
     """Only a socket was given, and no daemon listens there."""
 
@@ -3291,6 +3706,8 @@ class Queue:
             return answer
         details = {key: value for key, value in answer.items() if key not in ("success", "message")}
         message = str(answer.get("message"))
+        if details.get("no_daemon"):
+            raise NoDaemon(self.place.db)
         raise Failure(message[7:] if message.startswith("Error: ") else message, **details)
 
     def ask_at_socket(self, request):
@@ -3388,6 +3805,11 @@ class Queue:
         answer = patiently(transact)
         for result in results:
             spool.discard(result.claim.serial)
+        cancelled = store.cancelled() if found.writes else ()
+        for claim in store.open_claims() if cancelled else ():
+            if claim.serial in cancelled:
+                signal_command(leader(spool.record(claim)), spool.run(claim.serial),
+                               signal.SIGTERM)
         return answer
 
     def other_queue(self):
@@ -3410,14 +3832,13 @@ class Queue:
             self.note(line)
 
 
-def start_in_background(place, workers):
-    """Start a daemon with `workers` wanted, in a session of its own; returns once it is ready."""
+def start_in_background(place, *options):
+    """Start a daemon in a session of its own; its ready line, once it is."""
     import subprocess
     command = [sys.executable or "python3", os.path.abspath(__file__), "--db", place.db]
     if place.socket_given:
         command += ["--socket", place.socket]
-    command += ["daemon"] + (["--workers", str(workers)] if workers is not None else [])
-    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL,
+    daemon = subprocess.Popen(command + ["daemon"] + list(options), stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
                               start_new_session=True)
     ready = daemon.stdout.readline()
@@ -3439,14 +3860,96 @@ def indented(value):
     return json.dumps(value, indent=2)
 
 
-def job_lines(pages):
-    """A list of jobs as indented JSON, piece by piece: it may be a long one."""
+def json_lines(pages, _columns):
+    """A list as indented JSON, piece by piece: it may be a long one."""
     start = "[\n  "
     for page in pages:
-        for job in page:
-            yield start + indented(job).replace("\n", "\n  ")
+        for row in page:
+            yield start + indented(row).replace("\n", "\n  ")
             start = ",\n  "
-    yield "[]" if start[0] == "[" else "\n]"
+    yield "[]\n" if start[0] == "[" else "\n]\n"
+
+
+def jsonl_lines(pages, _columns):
+    """An object a line."""
+    for page in pages:
+        for row in page:
+            yield compact(row) + "\n"
+
+
+def cell(row, column):
+    value = row[column]
+    return "-" if value is None else safe(str(value))
+
+
+def table_lines(pages, columns):
+    """A table for people. Its columns are as wide as the first page needs; on a terminal no line
+    is wider than that."""
+    import shutil
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    widths = None
+    for page in pages:
+        rows = [[column.upper() for column in columns]] if widths is None else []
+        rows += [[cell(row, column) for column in columns] for row in page]
+        widths = widths or [max(map(len, cells)) for cells in zip(*rows)]
+        for row in rows:
+            yield "  ".join(map(str.ljust, row, widths)).rstrip()[:width] + "\n"
+
+
+FORMATS = {"json": json_lines, "jsonl": jsonl_lines, "table": table_lines}
+JOB_COLUMNS = ("id", "state", "priority", "attempts", "updated_at", "error", "command")
+
+
+def span(seconds):
+    """A duration in two units at most: 45s, 3m20s, 5h12m, 2d4h."""
+    seconds = int(seconds)
+    for unit, size, small, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60),
+                                    ("m", 60, "s", 1)):
+        if seconds >= size:
+            return "%d%s%d%s" % (seconds // size, unit, seconds % size // part, small)
+    return "%ds" % seconds
+
+
+def bar(done, total, failed, seconds):
+    """How far it is: done of total, rate, time left, failures so far."""
+    rate = done / seconds if seconds > 0 else 0.0
+    filled = 20 * done // total if total else 20
+    left = " %s left" % span((total - done) / rate) if rate and total > done else ""
+    return "[%s%s] %d/%d  %.1f/s%s%s" % ("#" * filled, "." * (20 - filled), done, total, rate, left,
+                                         "  %d failed" % failed if failed else "")
+
+
+def draws(stream):
+    """Whether `stream` is a terminal that a line can be drawn anew on."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def coloured(text, colour, stream):
+    """`text` in an ANSI colour, where `stream` is a terminal that should have one."""
+    if not draws(stream) or os.environ.get("NO_COLOR"):
+        return text
+    return "\x1b[%dm%s\x1b[0m" % (colour, text)
+
+
+def watch_lines(told, rate, stream):
+    """What `status --watch` shows of a full status: states, workers, the last deaths."""
+    counts = told["jobs"]
+    shades = {"processing": 36, "completed": 32, "failed": 33, "dead": 31}
+    yield "  ".join(coloured("%s %d" % (state, counts[state]), shades.get(state, 0), stream)
+                    if counts[state] else "%s 0" % state for state in STATES)
+    yield "%s, %.1f jobs/s%s" % (
+        plural(told["workers"], "worker"), rate,
+        ", PAUSED %s" % safe(told["paused"]) if "paused" in told else "")
+    now = parse_date(told["now"])
+    for worker in told["running"]:
+        if worker["job"]:
+            yield "  %-7s %-9s %-6s %s" % (
+                worker["pid"] or "-", worker["state"],
+                span((now - parse_date(worker["since"])) / 1000), safe(worker["job"]))
+    for job in told["deaths"]:
+        yield coloured("  dead %s ago: %s, %s" % (
+            span((now - parse_date(job["finished_at"])) / 1000), safe(job["id"]),
+            safe(job["error"] or "")), 31, stream)
 
 
 def printed(text, end="\n", stream=None):
@@ -3458,6 +3961,50 @@ def printed(text, end="\n", stream=None):
 
 def tell(line):
     printed(line, stream=sys.stderr)
+
+
+def write_bytes(data):
+    """Bytes as they are, to stdout."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def clipped(line, width):
+    """`line` cut to `width` characters, not counting colours."""
+    shown, count = "", 0
+    for part in re.split("(\x1b\\[[0-9]+m)", line):
+        if part.startswith("\x1b"):
+            shown += part
+        else:
+            shown += part[:width - count]
+            count += len(part[:width - count])
+    return shown
+
+
+class Drawing:
+    """Lines on stderr that are drawn anew in place; nothing where it can't be."""
+
+    def __init__(self):
+        self.stream = sys.stderr
+        self.able = draws(self.stream)
+        self.height = 0
+
+    def show(self, lines):
+        if not self.able:
+            return
+        import shutil
+        width, most = shutil.get_terminal_size()
+        lines = [clipped(line, width - 1) for line in list(lines)[:max(most - 1, 1)]]
+        up = "\r\x1b[%dA" % (self.height - 1) if self.height > 1 else "\r"
+        printed(up * (self.height > 0) + "\x1b[J" + "\n".join(lines), end="", stream=self.stream)
+        self.height = len(lines)
+
+    def close(self):
+        """Leave what stands there, and go on below."""
+        if self.height:
+            tell("")
+            self.height = 0
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -3489,6 +4036,123 @@ def count_flag(text):
         return in_range(whole(text), 1, MAX_WORKERS)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error))
+
+
+def time_flag(text):
+    try:
+        return as_date(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
+# The one place of each grammar: a job's flags, which jobs are meant, how a list is shown.
+WHAT = arg("job", nargs="?", metavar="JOB",
+           help="the job as JSON, - for a job a line from stdin, or -- CMD ARG ...")
+JOB_FLAGS = (
+    arg("--id"), arg("--priority", type=int, metavar="N", help="-1000 to 1000, higher first"),
+    arg("--delay", type=duration_flag, metavar="DUR", help="not before so long from now: 90s, 5m"),
+    arg("--at", type=time_flag, metavar="TIME", help="not before: 2026-01-15T10:30:00Z"),
+    arg("--timeout", type=duration_flag, metavar="DUR", help="longest run of an attempt, 0s: none"),
+    arg("--max-retries", type=int, metavar="N", help="attempts in all"),
+    arg("--cwd", type=os.path.abspath, metavar="DIR", help="where it runs (default: here)"),
+    arg("--env", action="append", nargs="+", metavar="K=V", help="added to its environment"),
+    arg("--unique", metavar="KEY", help="store nothing while an unfinished job has this key"))
+LISTING = (
+    arg("--format", choices=tuple(FORMATS), default="json", help="default: json"),
+    arg("--json", dest="format", action="store_const", const="json", help="--format json"),
+    arg("-q", "--quiet", action="store_true", help="print ids only"))
+DRY_RUN = arg("--dry-run", action="store_true", help="only say how many it would be")
+
+
+def selection(states):
+    return (arg("ids", nargs="*", metavar="ID"),
+            arg("--state", choices=states, metavar="S", help="all that are " + ", ".join(states)),
+            arg("--all", action="store_true", help="all that can be"))
+
+
+def silent(line):
+    """For a Queue's `note`: once is enough."""
+
+
+def each_answer(queue, args, states, command, option=None, **more):
+    """The answers to an operation on the selected jobs: one for ids, else one a page."""
+    if args.ids and (args.state or args.all) or args.state and args.all:
+        raise Usage("give ids, or --state S, or --all")
+    if args.ids:
+        yield queue.call(command, option, ids=args.ids, **more)
+    elif not args.state and not args.all:
+        raise Usage("name the jobs, or give --state S or --all")
+    for state in (args.state,) if args.state else states if args.all else ():
+        after = 0
+        while after is not None:
+            answer = queue.call(command, option, state=state, after=after, **more)
+            queue.note = silent
+            yield answer
+            after = answer["next"]
+
+
+def print_rows(args, pages, columns):
+    """A list as the flags of LISTING want it; its first column is the id."""
+    lines = FORMATS[args.format](pages, columns)
+    if args.quiet:
+        lines = ("%s\n" % row[columns[0]] for page in pages for row in page)
+    for text in lines:
+        sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def command_line(argv):
+    """The command for an argv; one argument alone is a shell line."""
+    import shlex
+    return argv[0] if len(argv) == 1 else " ".join(map(shlex.quote, argv))
+
+
+def job_fields(args):
+    """What the command line says of a job."""
+    fields = {name: getattr(args, name) for name in (
+        "id", "priority", "timeout", "max_retries", "cwd", "unique") if getattr(args, name)
+        is not None}
+    if args.argv is not None:
+        if args.job is not None or not args.argv:
+            raise Usage("one command is needed, after --, like: -- make -j4")
+        fields["command"] = command_line(args.argv)
+    if args.env:
+        pairs = [pair.partition("=") for pairs in args.env for pair in pairs]
+        for name, equals, _ in pairs:
+            if not equals:
+                raise Usage("--env takes NAME=VALUE, not %s" % safe(name))
+        fields["env"] = {name: value for name, _, value in pairs}
+    if args.delay is not None and args.at is not None:
+        raise Usage("--delay and --at can't both be given")
+    if args.delay is not None:
+        fields["run_after"] = iso(now_ms() + args.delay)
+    elif args.at is not None:
+        fields["run_after"] = args.at
+    return fields
+
+
+def warn_paused(answer):
+    if "paused" in answer:
+        tell("the queue is paused%s; nothing starts until: resume"
+             % (answer["paused"] and " (%s)" % safe(answer["paused"])))
+
+
+def pauses():
+    """Sleep between two looks of a command that watches, at first but briefly."""
+    pause = 0.01
+    while True:
+        time.sleep(pause)
+        pause = min(pause * 1.3, POLL_S)
+        yield
+
+
+@contextlib.contextmanager
+def watching():
+    """Ctrl-C ends the watching, never the job."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped watching; the jobs go on")
 
 
 def working_directory():
@@ -3525,13 +4189,16 @@ def parse_line(number, line):
         raise Failure(str(error), line=number)
 
 
-def enqueue_lines(queue, args):
-    """JSON Lines from stdin, in batches that are each stored whole or not at all."""
+def enqueue_lines(queue, args, fields):
+    """JSON Lines from stdin, in batches that are each stored whole or not at all; what `fields`
+    holds is the same for all."""
     stored = held = last = 0
-    progress = sys.stderr.isatty()
+    progress, answer = Drawing(), {}
     for lines in batches(sys.stdin.buffer if sys.stdin else ()):
         try:
             jobs = [parse_line(number, line) for number, line in lines]
+            if fields:
+                jobs = [dict(job, **fields) if isinstance(job, dict) else job for job in jobs]
             answer = queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory(),
                                 ids=args.quiet)
         except Failure as error:
@@ -3541,34 +4208,46 @@ def enqueue_lines(queue, args):
         last = lines[-1][0]
         count = int(answer["message"].split()[1])
         stored, held = stored + count, held + len(jobs) - count
-        queue.note = lambda line: None  # once is enough
+        queue.note = silent
         if args.quiet:
             printed("\n".join(answer["ids"]))
-        if progress:
-            printed("\r%d stored" % stored, end="", stream=sys.stderr)
-    if progress:
-        tell("")
+        progress.show(["%d stored" % stored])
+    progress.close()
+    warn_paused(answer)
     if not args.quiet:
         printed(compact({"success": True, "message": "Enqueued %s" % plural(stored, "job"),
                          "already_queued": held}))
 
 
-@subcommand("enqueue", arg("job", help="the job as JSON, or - for a job a line from stdin"),
-         arg("-q", "--quiet", action="store_true", help="print ids only"),
-         examples=("""enqueue '{"id":"hello","command":"echo Hello World"}'""",
-                   "enqueue - <jobs.jsonl"))
+@subcommand("enqueue", WHAT, *JOB_FLAGS, arg("-q", "--quiet", action="store_true",
+                                                help="print ids only"),
+            examples=("""enqueue '{"id":"hello","command":"echo Hello World"}'""",
+                      "enqueue --unique backup --timeout 2h -- tar -czf /srv/a.tgz /etc",
+                      "enqueue - <jobs.jsonl"))
 def cmd_enqueue(queue, args):
-    """Store a job. Fields: command (required), id, priority, run_after, timeout, max_retries,
-    cwd, env, unique. It is on disk when this returns."""
+    """Store a job. It is on disk when this returns. As JSON its fields are: command (required),
+    id, priority, run_after, timeout, max_retries, cwd, env, unique; a flag wins over a field."""
+    fields = job_fields(args)
     if args.job == "-":
-        return enqueue_lines(queue, args)
-    answer = queue.call("enqueue", job=args.job, cwd=working_directory())
+        return enqueue_lines(queue, args, fields)
+    job = args.job
+    if args.argv is not None:
+        job = fields
+    elif job is None:
+        raise Usage("a job is missing: JSON, or a command after --, like: enqueue -- make -j4")
+    elif fields:
+        job = decode_json(job, "the job")
+        job = dict(job, **fields) if isinstance(job, dict) else job
+    answer = queue.call("enqueue", job=job, cwd=working_directory())
+    warn_paused(answer)
     if args.quiet:
         printed(answer["id"])
-        return
+        return None
     printed(compact({"success": True, "message": answer["message"], "id": answer["id"]}))
     tell("id: %s" % safe(answer["id"]))
-    tell("command: %s" % safe(decode_json(args.job, "the job")["command"]))
+    job = decode_json(job, "the job") if isinstance(job, str) else job
+    tell("command: %s" % safe(job["command"]))
+    return None
 
 
 def announce(line):
@@ -3581,6 +4260,7 @@ def announce(line):
          arg("--grace", type=duration_flag, metavar="DUR",
              help="how long a stop waits for running jobs, like 30s (default: as long as it takes)"),
          arg("--detach", action="store_true", help="run in the background"),
+         arg("--only", help=argparse.SUPPRESS),  # how `run` has its job worked without a daemon
          examples=("daemon --workers 2", "daemon --workers 4 --grace 60s"))
 def cmd_daemon(queue, args):
     """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running
@@ -3588,11 +4268,13 @@ def cmd_daemon(queue, args):
     place = queue.place
     make_default_folder(place)
     if args.detach:
-        tell(start_in_background(place, args.workers))
+        options = [] if args.workers is None else ["--workers", str(args.workers)]
+        tell(start_in_background(place, *options))
         return None
     grace = None if args.grace is None else args.grace / 1000.0
-    daemon = Daemon(place.db, place.socket, sock_given=place.socket_given, workers=args.workers,
-                    grace=grace)
+    kind = {} if args.only is None else {"kind": "run", "only": [args.only]}
+    daemon = Daemon(place.db, place.socket, sock_given=place.socket_given, grace=grace,
+                    workers=1 if kind else args.workers, **kind)
     return daemon.run(announce)
 
 
@@ -3630,7 +4312,7 @@ def cmd_worker_start(queue, args):
         except (NoDaemon, NobodyThere):
             make_default_folder(queue.place)
         try:
-            tell(start_in_background(queue.place, args.count))
+            tell(start_in_background(queue.place, "--workers", str(args.count)))
             printed(compact(reply("Started %s" % plural(args.count, "worker"))))
             return
         except Failure as error:
@@ -3638,15 +4320,49 @@ def cmd_worker_start(queue, args):
                 raise
 
 
-@subcommand("worker stop", examples=("worker stop", "--db /srv/q.db worker stop"))
+@subcommand("worker stop", arg("--count", type=count_flag, metavar="N", help="so many (default: all)"),
+            arg("--now", action="store_true", help="stop their jobs, which are then run again"),
+            examples=("worker stop", "worker stop --count 1 --now"))
 def cmd_worker_stop(queue, args):
-    """End each worker after its current job; none is wanted any more."""
-    printed(compact(queue.call("worker", "stop")))
+    """End workers, each after its current job; they are no longer wanted."""
+    printed(compact(queue.call("worker", "stop", count=args.count, now=args.now)))
 
 
-@subcommand("status", examples=("status", "status | grep pending"))
+@subcommand("worker list", *LISTING, examples=("worker list --format table", "worker list -q"))
+def cmd_worker_list(queue, args):
+    """Show the workers: pid, state, job, and since when."""
+    print_rows(args, [queue.call("worker", "list")["message"]],
+               ("pid", "state", "job", "attempt", "since"))
+
+
+def watch_status(queue):
+    """Draw the state of the queue anew whenever it changes; plain lines where it can't be drawn."""
+    drawing, samples, before = Drawing(), collections.deque(maxlen=50), None
+    drawing.able = drawing.able and sys.stdout.isatty()
+    try:
+        while True:
+            told = queue.call("status", full=True)["message"]
+            queue.note = silent
+            samples.append((monotonic(), told["totals"]["completed"] + told["totals"]["dead"]))
+            (start, first), (end, last) = samples[0], samples[-1]
+            rate = (last - first) / (end - start) if end > start else 0.0
+            drawing.show(watch_lines(told, rate, drawing.stream))
+            plain = dict(told["jobs"], workers=told["workers"])
+            if not drawing.able and plain != before:
+                printed(" ".join("%s %s" % pair for pair in plain.items()))
+                before = plain
+            time.sleep(POLL_S)
+    finally:
+        drawing.close()
+
+
+@subcommand("status", arg("--watch", action="store_true", help="show it live until Ctrl-C"),
+            examples=("status", "status --watch"))
 def cmd_status(queue, args):
     """Show the number of jobs in each state, and of workers."""
+    if args.watch:
+        with watching():
+            watch_status(queue)
     printed(indented(queue.call("status")["message"]))
 
 
@@ -3657,33 +4373,323 @@ def job_pages(queue, name, option, filters):
         answer = queue.call(name, option, after=after, limit=PAGE_JOBS, **filters)
         yield answer["message"]
         after = answer["next"]
-        queue.note = lambda line: None  # once is enough
-
-
-def print_jobs(queue, name, option, **filters):
-    for text in job_lines(job_pages(queue, name, option, filters)):
-        sys.stdout.write(text)
-    printed("")
+        queue.note = silent
 
 
 @subcommand("list", arg("--state", choices=STATES, metavar="S", help="only " + ", ".join(STATES)),
-         examples=("list", "list --state completed"))
+            *LISTING, examples=("list", "list --state completed --format table"))
 def cmd_list(queue, args):
     """Show jobs, oldest first."""
-    print_jobs(queue, "list", None, state=args.state)
+    print_rows(args, job_pages(queue, "list", None, {"state": args.state}), JOB_COLUMNS)
 
 
-@subcommand("dlq list", examples=("dlq list", "dlq list | grep error"))
+@subcommand("show", arg("id", metavar="ID"), examples=("show hello", "show hello | grep error"))
+def cmd_show(queue, args):
+    """Show a job with its attempts and what it waits for."""
+    printed(indented(queue.call("show", id=args.id)["message"]))
+
+
+def employ(queue, job_id):
+    """Have a temporary daemon work the job, unless someone else has just started one."""
+    try:
+        start_in_background(queue.place, "--only", job_id)
+    except Failure as error:
+        if "already serves" not in str(error):
+            raise
+
+
+def hand_on(answer, offset, write):
+    """Write a piece of output; its size."""
+    import base64
+    data = base64.b64decode(answer["message"])
+    if write and data and answer["start"] > offset:
+        tell("%d bytes were cut here" % (answer["start"] - offset))
+    if data:
+        write(data)
+    return len(data)
+
+
+def follow(queue, job_id, write, *, attempt=None, work=False, to_end=True):
+    """Hand on what the job writes, from its last attempt or `attempt` on, to the end of the job
+    or (not `to_end`) to what there is by now; returns the last answer. `write` None: only wait.
+    With `work` see to it that somebody works the job."""
+    number, serial, offset, idle = attempt, None, 0, pauses()
+    while True:
+        answer = queue.call("logs", id=job_id, attempt=number, offset=offset, work=work,
+                            limit=PAGE_OUTPUT if write else 0)
+        queue.note = silent
+        data = hand_on(answer, offset, write) if answer["serial"] == serial else 0
+        if answer["serial"] != serial:  # another attempt: from its start
+            serial, number, offset = answer["serial"], answer["attempt"], 0
+        elif data:
+            offset, idle = answer["start"] + data, pauses()
+        elif answer["over"] and attempt is None and answer["last"] > number:
+            number += 1
+            tell("attempt %d" % number)
+        elif not to_end or answer["over"] and (attempt or answer["state"] in FINISHED) or (
+                serial is None and answer["state"] in FINISHED):
+            return answer
+        else:
+            if work and not answer["served"]:
+                employ(queue, job_id)
+            next(idle)
+
+
+@subcommand("logs", arg("id", metavar="ID"),
+            arg("--attempt", type=count_flag, metavar="N", help="that attempt (default: the last)"),
+            arg("-f", "--follow", action="store_true", help="to the end of the job"),
+            examples=("logs hello", "logs -f hello", "logs hello --attempt 1"))
+def cmd_logs(queue, args):
+    """Print what a job wrote, bytes as they were. -f follows it, and waits for it to start."""
+    with watching():
+        answer = follow(queue, args.id, write_bytes, attempt=args.attempt, to_end=args.follow)
+    if answer["serial"] is None:
+        raise Failure("job %s has no such attempt; see: show %s" % (safe(args.id), safe(args.id))
+                      if args.attempt else "job %s has not run yet; follow it with: logs -f %s"
+                      % (safe(args.id), safe(args.id)))
+
+
+def ended_with(code, message):
+    """A Failure with that exit status."""
+    error = Failure(message)
+    error.exit_code = code
+    return error
+
+
+def job_status(job_id, state, exit_code, error):
+    """None for a job that completed; else a Failure with its exit code, 125 if it has none."""
+    if state == "completed":
+        return None
+    return ended_with(125 if exit_code is None else exit_code, "job %s died: %s; see: logs %s" % (
+        safe(job_id), error, safe(job_id)))
+
+
+def progress_of(queue, ids, ended):
+    """(done, total, failed) of these jobs, time and again; fills `ended`: id -> (state, exit
+    code, error)."""
+    asked = ids  # at first all, to see that they exist
+    while True:
+        for at in range(0, len(asked), BATCH_JOBS):
+            for job_id, *end in queue.call("wait", ids=asked[at:at + BATCH_JOBS])["message"]:
+                ended[job_id] = end
+            queue.note = silent
+        yield len(ended), len(ids), sum(end[0] == "dead" for end in ended.values())
+        asked = [job_id for job_id in ids if job_id not in ended][:200]
+
+
+def progress_of_all(queue, ended):
+    """The same for whatever is queued now and later; `ended` gets a count of the dead."""
+    before = None
+    while True:
+        told = queue.call("status", full=True)["message"]
+        queue.note = silent
+        now = told["totals"]["completed"], told["totals"]["dead"]
+        before = before or now
+        done, ended["dead"] = sum(now) - sum(before), now[1] - before[1]
+        yield done, done + sum(told["jobs"][state] for state in UNFINISHED), ended["dead"]
+
+
+def watch_progress(steps, timeout):
+    """Draw (done, total, failed) until all is done; a Failure once `timeout` ms are over."""
+    drawing, start, idle = Drawing(), monotonic(), pauses()
+    try:
+        for done, total, failed in steps:
+            drawing.show([bar(done, total, failed, monotonic() - start)])
+            if done >= total:
+                return
+            if timeout is not None and monotonic() > start + timeout / 1000.0:
+                raise ended_with(124, "after %s only %d of %s had ended; they go on" % (
+                    span(timeout / 1000.0), done, plural(total, "job")))
+            next(idle)
+    finally:
+        drawing.close()
+
+
+@subcommand("wait", arg("ids", nargs="*", metavar="ID", help="default: until the queue is empty"),
+            arg("--timeout", type=duration_flag, metavar="DUR", help="give up after it, exit 124"),
+            examples=("wait hello", "wait job-1 job-2 --timeout 10m"))
+def cmd_wait(queue, args):
+    """Wait until jobs have ended. One id: exits with the job's exit code (125 if it has none);
+    several, or none given: 0 all completed, 1 not."""
+    ids, ended = list(dict.fromkeys(args.ids)), {}
+    with watching():
+        watch_progress(progress_of(queue, ids, ended) if ids else progress_of_all(queue, ended),
+                       args.timeout)
+    failures = [job_status(job_id, *ended[job_id]) for job_id in ids]
+    if len(ids) == 1 and failures[0]:
+        raise failures[0]
+    dead = sum(map(bool, failures)) if ids else ended["dead"]
+    if dead:
+        raise Failure("%s died; see: dlq list" % plural(dead, "job"))
+    printed(compact(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty")))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it has to be answered like Ctrl-C."""
+
+    exit_code = 143
+
+
+def terminate(_number, _frame):
+    raise Terminated()
+
+
+def abandon(queue, job_id):
+    """Cancel the job of an interrupted `run`, and wait for its end."""
+    try:
+        queue.call("cancel", ids=[job_id])
+    except Failure:  # it has just ended
+        return "job %s has ended" % safe(job_id)
+    follow(queue, job_id, None, work=True)
+    return "job %s cancelled" % safe(job_id)
+
+
+@subcommand("run", WHAT, *JOB_FLAGS, arg("--quiet", action="store_true",
+                                         help="print nothing unless the job dies"),
+            examples=("run --quiet --unique backup --timeout 2h -- /usr/local/bin/backup",
+                      "run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"))
+def cmd_run(queue, args):
+    """Enqueue a command, wait, hand on its output and exit code. For crontabs. Without a daemon
+    it works its own job. Ctrl-C or SIGTERM cancels the job; with --unique and the key held
+    nothing is done."""
+    if args.argv is None:
+        raise Usage("a command is missing, after --, like: run --quiet -- make")
+    say, queue.note = silent if args.quiet else tell, silent
+    answer = queue.call("enqueue", job=job_fields(args), cwd=working_directory())
+    job_id = answer["id"]
+    if answer["message"] == "Job already queued":
+        say("job %s has this key and is unfinished; nothing was started" % safe(job_id))
+        return 0
+    warn_paused(answer)
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        end = follow(queue, job_id, None if args.quiet else write_bytes, work=True)
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(abandon(queue, job_id))
+    failure = job_status(job_id, end["state"], end["exit_code"], end["error"])
+    if failure and args.quiet:
+        follow(queue, job_id, write_bytes, to_end=False)
+    if failure:
+        tell(str(failure))
+        return failure.exit_code
+    return 0
+
+
+def outlast(queue):
+    """Wait, as a client of the daemon that took over, for the end of a drain; how many died."""
+    idle, died = pauses(), None
+    while True:
+        told = queue.call("status", full=True)["message"]
+        died = told["totals"]["dead"] if died is None else died
+        if not told["unsettled"]:
+            return told["totals"]["dead"] - died
+        next(idle)
+
+
+@subcommand("drain", arg("--count", type=count_flag, default=1, metavar="N",
+                         help="so many workers (default 1)"),
+            examples=("drain", "drain --count 4"))
+def cmd_drain(queue, args):
+    """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
+    or waiting for another try; exits 1 if a job died."""
+    place = queue.place
+    make_default_folder(place)
+    daemon = Daemon(place.db, place.socket, kind="drain", sock_given=place.socket_given,
+                    workers=args.count)
+    daemon.run(silent)
+    died = daemon.died
+    if daemon.yielded:
+        tell("a daemon took over; waiting for it")
+        died += outlast(queue)
+    elif not daemon.done:
+        raise Failure("stopped before the queue was drained; the rest is kept")
+    if died:
+        raise Failure("%s died; see: dlq list" % plural(died, "job"))
+    printed(compact(reply("Queue drained")))
+
+
+def report(args, done, count):
+    """What was done ("cancelled", "deleted"), or would be, to how many jobs."""
+    if args.dry_run:
+        message = "%s would be %s" % (plural(count, "job"), done)
+    elif len(args.ids) == 1:
+        message = "Job %s %s" % (args.ids[0], done)
+    else:
+        message = "%s %s" % (plural(count, "job"), done)
+    printed(compact(reply(message)))
+
+
+@subcommand("cancel", *selection(UNFINISHED), DRY_RUN,
+            examples=("cancel hello", "cancel --state pending --dry-run"))
+def cmd_cancel(queue, args):
+    """Make waiting jobs dead; stop running ones, all of their processes, then so."""
+    count, stopping = 0, []
+    # failed once more: a job may move on between two looks
+    for answer in each_answer(queue, args, UNFINISHED + ("failed",), "cancel",
+                              dry_run=args.dry_run):
+        count += answer["count"]
+        stopping += answer["stopping"]
+    if stopping:
+        with watching():
+            watch_progress(progress_of(queue, stopping, {}), None)
+    report(args, "cancelled", count)
+
+
+@subcommand("delete", *selection(FINISHED), DRY_RUN,
+            examples=("delete hello", "delete --state dead --dry-run"))
+def cmd_delete(queue, args):
+    """Delete finished jobs, with their attempts and output."""
+    counts = [answer["count"] for answer in each_answer(queue, args, FINISHED, "delete",
+                                                        dry_run=args.dry_run)]
+    report(args, "deleted", sum(counts))
+
+
+@subcommand("purge", arg("--state", choices=FINISHED, default="completed", metavar="S",
+                         help="completed (default) or dead"),
+            arg("--older-than", type=duration_flag, default=0, metavar="DUR",
+                help="only those that finished so long ago"), DRY_RUN,
+            examples=("purge --older-than 7d", "purge --state dead --older-than 30d --dry-run"))
+def cmd_purge(queue, args):
+    """Delete completed jobs. The setting retention has it done by itself."""
+    args.ids, args.all = (), False
+    counts = [answer["count"] for answer in each_answer(
+        queue, args, (), "delete", older_than=args.older_than, dry_run=args.dry_run)]
+    report(args, "deleted", sum(counts))
+
+
+@subcommand("pause", arg("--reason", default="", metavar="TEXT", help="shown by status"),
+            examples=("pause", "pause --reason 'disk swap, back at 9'"))
+def cmd_pause(queue, args):
+    """Start nothing new; running jobs go on. Kept over restarts."""
+    printed(compact(queue.call("pause", reason=args.reason)))
+
+
+@subcommand("resume", examples=("resume", "--db /srv/q.db resume"))
+def cmd_resume(queue, args):
+    """End the pause."""
+    printed(compact(queue.call("resume")))
+
+
+@subcommand("dlq list", *LISTING, examples=("dlq list", "dlq list -q"))
 def cmd_dlq_list(queue, args):
     """Show the dead jobs."""
-    print_jobs(queue, "dlq", "list")
+    print_rows(args, job_pages(queue, "dlq", "list", {}), JOB_COLUMNS)
 
 
-@subcommand("dlq retry", arg("ids", nargs="+", metavar="ID", help="a dead job"),
-         examples=("dlq retry hello", "dlq retry job-1 job-2"))
+@subcommand("dlq retry", arg("ids", nargs="*", metavar="ID", help="a dead job"),
+            arg("--all", action="store_true", help="all dead jobs"),
+            examples=("dlq retry hello", "dlq retry --all"))
 def cmd_dlq_retry(queue, args):
     """Queue dead jobs again, their attempts back at 0."""
-    printed(compact(queue.call("dlq", "retry", ids=args.ids)))
+    args.state, count, refused = None, 0, []
+    for answer in each_answer(queue, args, ("dead",), "dlq", "retry"):
+        count += answer["count"]
+        refused += answer["refused"]
+    for line in refused:
+        tell(line)
+    printed(compact(reply(answer["message"] if args.ids
+                          else "%s added to queue" % plural(count, "job"))))
+    return 1 if refused else 0
 
 
 @subcommand("config set", arg("key", help=", ".join(SETTINGS)), arg("value"),
@@ -3698,6 +4704,13 @@ def cmd_config_set(queue, args):
 def cmd_config_get(queue, args):
     """Show a setting."""
     printed(compact(queue.call("config", "get", key=args.key)["message"]))
+
+
+@subcommand("config unset", arg("key", help=", ".join(SETTINGS)),
+            examples=("config unset timeout", "config unset on-dead"))
+def cmd_config_unset(queue, args):
+    """Put a setting back to its default."""
+    printed(compact(queue.call("config", "unset", key=args.key)))
 
 
 @subcommand("config list", examples=("config list", "config list | grep timeout"))
@@ -3762,7 +4775,7 @@ def parse_global(argv):
                         + "\n\nqueuectl COMMAND --help tells more.")
     parser.add_argument("--version", action="version", version="queuectl " + VERSION)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(argv=None))
     if not args.words:
         raise Usage("a command is missing; see: queuectl --help")
     return args
@@ -3770,7 +4783,7 @@ def parse_global(argv):
 
 def parse(argv):
     """(function, arguments) of a command line. Only the parsers that are needed are made."""
-    args, words = argparse.Namespace(), argv
+    args, words = argparse.Namespace(argv=None), argv
     if not argv or argv[0].startswith("-"):
         args = parse_global(argv)
         words = args.words
@@ -3780,11 +4793,15 @@ def parse(argv):
     if name not in COMMANDS:
         parse_group(name, words[1:])
     function, arguments, examples = COMMANDS[name]
+    rest = words[len(name.split()):]
+    if WHAT in arguments and "--" in rest:
+        at = rest.index("--")
+        rest, args.argv = rest[:at], rest[at + 1:]
     parser = new_parser("queuectl " + name, description=re.sub("\n +", "\n", function.__doc__),
                         epilog="\n  queuectl ".join(("examples:",) + examples))
     for names, options in arguments:
         parser.add_argument(*names, **options)
-    return function, parser.parse_args(words[len(name.split()):], namespace=args)
+    return function, parser.parse_args(rest, namespace=args)
 
 
 def prepare_stdio():
@@ -3822,9 +4839,9 @@ def main(argv):
     except Failure as error:
         tell(compact({"success": False, "message": "Error: %s" % error}))
         return error.exit_code
-    except KeyboardInterrupt:
-        tell("interrupted")
-        return 130
+    except KeyboardInterrupt as interrupt:
+        tell(str(interrupt) or "interrupted")
+        return getattr(interrupt, "exit_code", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at exit
         return 1

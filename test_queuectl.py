@@ -1088,13 +1088,13 @@ class OperationsTest(StoreCase):
     def test_dlq_retry_queues_all_or_none(self):
         self.kill("a", "b")
         self.add("c")
-        for ids, words in ((["a", "c"], "it is pending"), (["a", "none"], "no such job"),
-                           (["a", "a"], "it is pending"), ([], "name the jobs"), (None, "name the"),
-                           ([5], "name the jobs"), (["a", "\ud800"], "job")):
+        for ids, words in ((["a", "c"], "job c is pending, not dead"), (["a", "none"], "no job none"),
+                           ([], "name the jobs"), (None, "name the jobs"), ([5], "no job 5"),
+                           (["a", "\ud800"], "no job")):
             with self.subTest(ids=ids):
                 self.refused(words, lambda: self.ask("dlq", "retry", ids=ids))
                 self.assertEqual(self.counts(), {"dead": 2, "pending": 1})
-        self.assertEqual(self.ask("dlq", "retry", ids=["a", "b"])["message"],
+        self.assertEqual(self.ask("dlq", "retry", ids=["a", "b", "a"])["message"],
                          "Jobs a, b added to queue")
         self.assertEqual(self.shown("a", "state", "attempts"), ("pending", 0))
 
