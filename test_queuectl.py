@@ -1217,12 +1217,13 @@ class QueueCase(unittest.TestCase):
 
     def cli(self, *args, stdin=""):
         """(exit status, stdout, stderr) of a command, run in this process."""
-        out, err = io.StringIO(), io.StringIO()
+        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
         data = io.TextIOWrapper(io.BytesIO(stdin.encode()))
         with mock.patch.dict(os.environ, self.env), mock.patch("sys.stdin", data), \
                 contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = queuectl.main(list(args))
-        return code, out.getvalue(), err.getvalue()
+        out.flush()
+        return code, out.buffer.getvalue().decode(), err.getvalue()
 
     def ok(self, *args, stdin=""):
         """The decoded stdout of a command that must succeed."""
@@ -1238,6 +1239,16 @@ class QueueCase(unittest.TestCase):
         self.assertIs(answer["success"], False)
         self.assertTrue(answer["message"].startswith("Error"), answer)
         return answer["message"]
+
+    def prints(self, *args, stdin=""):
+        """The stdout of a command that must succeed."""
+        code, out, err = self.cli(*args, stdin=stdin)
+        self.assertEqual(code, 0, err)
+        return out
+
+    def show(self, job_id, *names):
+        job = self.ok("show", job_id)
+        return tuple(job[name] for name in names)
 
     def enqueue(self, command, **fields):
         """The id of a new job."""
@@ -2045,6 +2056,341 @@ class StoriesTest(QueueCase):
         self.assertEqual(self.ok("daemon", "stop")["message"], "Stopped daemon")
         self.ok("worker", "start")
         self.assertEqual(self.ok("status")["workers"], 1)
+
+
+class ToolkitTest(QueueCase):
+    """What operators reach for, with a daemon and without one."""
+
+    def test_flags_and_an_argv_make_a_job(self):
+        job_id = self.prints("enqueue", "-q", "--id", "a", "--priority", "-5", "--timeout", "2h",
+                             "--max-retries", "7", "--cwd", "/", "--env", "A=1", "B=x=y", "--env",
+                             "C=", "--unique", "k", "--", "printf", "%s|", "a b", "it's", "--", "*")
+        self.assertEqual(job_id, "a\n")
+        self.assertEqual(
+            self.show("a", "priority", "timeout", "max_retries", "cwd", "env", "unique", "command"),
+            (-5, 7200000, 7, "/", {"A": "1", "B": "x=y", "C": ""}, "k",
+             """printf '%s|' 'a b' 'it'"'"'s' -- '*'"""))
+        self.ok("enqueue", "--id", "b", "--", "echo $HOME; true")
+        self.ok("enqueue", "--id", "c", "--at", "2026-01-15T12:30:00+02:00", "--", "true")
+        self.assertEqual(self.show("b", "command"), ("echo $HOME; true",))
+        self.assertEqual(self.show("c", "run_after"), (STAMP,))
+        self.ok("enqueue", "--id", "d", "--delay", "1h", '{"command":"x","id":"e","priority":3}')
+        self.assertEqual(self.show("d", "priority", "command"), (3, "x"))
+        created, run_after = map(queuectl.parse_date, self.show("d", "created_at", "run_after"))
+        self.assertLess(abs(run_after - created - 3600000), 5000)
+        self.ok("enqueue", "--priority", "9", "-", stdin='{"id":"f","command":"x"}\n')
+        self.assertEqual(self.show("f", "priority"), (9,))
+
+    def test_wrong_flags_are_refused(self):
+        for words, *args in (
+                ("needs a unit", "--timeout", "30", "--", "x"), ("a job is missing",),
+                ("one command", "--"), ("one command", "{}", "--", "x"),
+                ("NAME=VALUE", "--env", "A", "--", "x"), ("date-time", "--at", "noon", "--", "x"),
+                ("can't both", "--at", STAMP, "--delay", "1s", "--", "x"),
+                ("invalid int", "--priority", "high", "--", "x")):
+            with self.subTest(args=args):
+                self.assertIn(words, self.refused("enqueue", *args, status=2))
+        self.assertIn("after --", self.refused("run", "true", status=2))
+        self.assertIn("--state S", self.refused("cancel", status=2))
+        self.assertIn("--all", self.refused("delete", "a", "--all", status=2))
+        self.assertFalse(os.path.exists(self.db))
+        self.assertIn("field priority", self.refused("enqueue", "--priority", "5000", "--", "x"))
+
+    def test_lists_come_in_every_format(self):
+        self.assertEqual(self.prints("list", "--json"), "[]\n")
+        self.assertEqual((self.prints("list", "-q"), self.prints("list", "--format", "jsonl")),
+                         ("", ""))
+        self.enqueue("echo \x1b[2J", id="a")
+        self.enqueue("true", id="b", priority=7)
+        jobs = self.ok("list")
+        self.assertEqual([job["id"] for job in jobs], ["a", "b"])
+        self.assertEqual(self.ok("list", "--json"), jobs)
+        lines = self.prints("list", "--format", "jsonl").splitlines()
+        self.assertEqual([json.loads(line) for line in lines], jobs)
+        self.assertEqual(self.prints("list", "-q"), "a\nb\n")
+        table = [line.split() for line in self.prints("list", "--format", "table").splitlines()]
+        self.assertEqual(table[0], "ID STATE PRIORITY ATTEMPTS UPDATED_AT ERROR COMMAND".split())
+        self.assertEqual([row[:4] + row[5:] for row in table[1:]],
+                         [["a", "pending", "0", "0", "-", "echo", "\\x1b[2J"],
+                          ["b", "pending", "7", "0", "-", "true"]])
+        self.assertEqual(self.ok("worker", "list"), [])
+
+    def test_show_tells_what_a_job_waits_for(self):
+        self.enqueue("true", id="later", run_after="2100-01-01")
+        self.enqueue("true", id="now")
+        self.assertEqual(self.show("later", "waiting_for"), ("its time, 2100-01-01T00:00:00.000Z",))
+        self.assertIn("worker start", self.show("now", "waiting_for")[0])
+        self.ok("pause", "--reason", "disk swap")
+        self.assertIn("resume", self.show("now", "waiting_for")[0])
+        self.daemon("--workers", "1")
+        self.ok("resume")
+        self.wait_for("completed")
+        (waits, history), = [self.show("now", "waiting_for", "history")]
+        self.assertEqual((waits, [(one["number"], one["exit_code"], one["error"])
+                                  for one in history]), (None, [(1, 0, None)]))
+        self.assertIn("no job none; see: list", self.refused("show", "none"))
+
+    def test_a_pause_starts_nothing_new_and_outlives_the_daemon(self):
+        daemon = self.daemon("--workers", "2")
+        self.enqueue(self.gate(), id="runs")
+        self.wait_for("processing")
+        self.ok("pause", "--reason", "disk swap")
+        self.assertEqual(self.ok("status")["paused"], "disk swap")
+        code, _, err = self.cli("enqueue", "--id", "waits", "--", "true")
+        self.assertEqual(code, 0)
+        self.assertIn("the queue is paused (disk swap)", err)
+        self.open_gate()
+        self.wait_for("completed")
+        self.kill(daemon)
+        self.daemon()
+        self.assertEqual((self.ok("status")["paused"], self.show("waits", "state")),
+                         ("disk swap", ("pending",)))
+        self.ok("resume")
+        self.wait_for("completed", 2)
+        self.assertNotIn("paused", self.ok("status"))
+
+    def test_cancel_ends_waiting_and_running_jobs(self):
+        self.enqueue("true", id="waits", run_after="2100-01-01")
+        self.assertIn("Job waits cancelled", self.prints("cancel", "waits"))
+        self.assertEqual(self.show("waits", "state", "error"), ("dead", "cancelled"))
+        self.daemon("--workers", "1")
+        self.enqueue("trap '' TERM; sleep 60 & echo $! >pid; wait; sleep 60", id="runs", timeout=0,
+                     cwd=self.dir)
+        wait_until(lambda: self.read("pid"), "it runs")
+        for _ in range(2):
+            self.enqueue("true", run_after="2100-01-01")
+        self.assertIn("3 jobs would be", self.prints("cancel", "--all", "--dry-run"))
+        self.prints("cancel", "--all")
+        self.assertEqual(self.show("runs", "state", "error", "attempts"), ("dead", "cancelled", 1))
+        self.assertEqual(queuectl.process_start(int(self.read("pid"))), "")
+        self.assertEqual(self.ok("status")["jobs"]["dead"], 4)
+        self.assertIn("is dead, not pending or failed or processing", self.refused("cancel", "runs"))
+
+    def test_an_acknowledged_cancel_outlives_everything(self):
+        daemon = self.daemon("--workers", "1")
+        self.enqueue("sleep 60", id="a", timeout=0)
+        self.wait_for("processing")
+        worker, = self.workers_of(daemon)
+        os.kill(worker, signal.SIGSTOP)  # so that it can't stop the job before its death
+        self.assertTrue(self.ask(b'{"command":"cancel","value":"a"}\n')["success"])
+        self.kill(daemon)
+        os.kill(worker, signal.SIGKILL)
+        self.daemon()
+        self.wait_for("dead")
+        self.assertEqual(self.show("a", "error", "attempts"), ("cancelled", 1))
+
+    def test_the_job_of_a_dead_daemons_worker_can_be_cancelled(self):
+        for restart in (False, True):
+            with self.subTest(restart=restart):
+                daemon = self.daemon("--workers", "1")
+                job = self.enqueue("sleep 60", timeout=0)
+                self.wait_for("processing")
+                self.kill(daemon)
+                if restart:
+                    daemon = self.daemon("--workers", "1")
+                self.prints("cancel", job)
+                self.assertEqual(self.show(job, "state", "error"), ("dead", "cancelled"))
+                self.kill(daemon)
+
+    def test_finished_jobs_are_deleted_and_purged(self):
+        self.daemon("--workers", "1")
+        self.ok("config", "set", "max-retries", "1")
+        for name, command in (("a", "true"), ("b", "false"), ("c", "true"), ("d", "echo d; false")):
+            self.enqueue(command, id=name)
+        self.enqueue("true", id="e", run_after="2100-01-01")
+        self.wait_for("completed", 2)
+        self.wait_for("dead", 2)
+        self.assertIn("job e is pending", self.refused("delete", "a", "e"))
+        self.assertIn("2 jobs would be", self.prints("delete", "a", "b", "--dry-run"))
+        self.assertIn("0 jobs deleted", self.prints("purge", "--older-than", "1h"))
+        self.assertIn("2 jobs would be", self.prints("purge", "--dry-run"))
+        self.assertEqual(len(self.jobs()), 5)
+        self.assertIn("Job b deleted", self.prints("delete", "b"))
+        self.assertIn("2 jobs deleted", self.prints("purge"))
+        self.assertIn("1 job deleted", self.prints("delete", "--all"))
+        self.assertEqual(([job["id"] for job in self.jobs()],
+                          self.rows("SELECT COUNT(*) FROM attempts")), (["e"], [(0,)]))
+
+    def test_large_selections_go_page_by_page(self):
+        count = queuectl.PAGE_JOBS * 2 + 7
+        self.ok("enqueue", "-", stdin='{"command":"true"}\n' * count)
+        self.assertIn("%d jobs cancelled" % count, self.prints("cancel", "--state", "pending"))
+        self.assertIn("%d jobs added" % count, self.prints("dlq", "retry", "--all"))
+        self.prints("cancel", "--all")
+        self.assertIn("%d jobs deleted" % count, self.prints("purge", "--state", "dead"))
+        self.assertEqual(self.jobs(), [])
+
+    def test_a_retry_of_all_leaves_out_whose_key_is_held(self):
+        for name in "ab":
+            self.enqueue("x", id=name, unique="k")
+            self.prints("cancel", name)
+        code, out, err = self.cli("dlq", "retry", "--all")
+        self.assertEqual((code, json.loads(out)["message"]), (1, "1 job added to queue"))
+        self.assertIn("job b can't be retried: its unique key is held by job a", err)
+
+    def test_a_death_enqueues_the_on_dead_line_but_its_own_does_not(self):
+        self.daemon("--workers", "1")
+        self.ok("config", "set", "max-retries", "1")
+        self.ok("config", "set", "on-dead", 'echo "$QUEUECTL_DEAD_ID, $QUEUECTL_DEAD_ERROR: '
+                '$QUEUECTL_DEAD_COMMAND" >>"%s"; exit 3' % self.path("mail"))
+        self.enqueue("exit 7", id="a")
+        self.wait_for("dead", 2)
+        self.enqueue("true", id="b", run_after="2100-01-01")
+        self.prints("cancel", "b")
+        self.wait_for("dead", 4)
+        self.assertEqual(self.read("mail"), "a, exit 7: exit 7\nb, cancelled: true\n")
+        self.ok("config", "unset", "on-dead")
+        self.assertEqual(self.ok("config", "get", "on-dead"), "")
+        self.enqueue("exit 7")
+        self.wait_for("dead", 5)
+        self.assertEqual(len(self.jobs()), 5)
+
+    def test_wait_tells_how_jobs_ended(self):
+        self.daemon("--workers", "2")
+        self.enqueue("true", id="good")
+        self.enqueue("exit 7", id="bad", max_retries=1)
+        self.enqueue("kill -9 $$", id="killed", max_retries=1)
+        self.enqueue("true", id="later", run_after="2100-01-01")
+        self.assertEqual(self.ok("wait", "good")["message"], "1 job completed")
+        self.assertIn("job bad died: exit 7; see: logs bad", self.refused("wait", "bad", status=7))
+        self.assertIn("killed by SIGKILL", self.refused("wait", "killed", status=125))
+        self.assertIn("1 job died", self.refused("wait", "good", "bad"))
+        self.assertIn("no job none", self.refused("wait", "good", "none"))
+        self.assertIn("0 of 1 job", self.refused("wait", "later", "--timeout", "50ms", status=124))
+        self.prints("cancel", "later")
+        self.assertEqual(self.ok("wait")["message"], "Queue is empty")
+
+    def test_logs_are_the_bytes_of_each_attempt(self):
+        self.daemon("--workers", "1")
+        self.ok("config", "set", "delay-base", "1")
+        self.enqueue(r"printf '\377\000%s\r\n' $QUEUECTL_ATTEMPT; exit 1", id="a", max_retries=2)
+        self.assertIn("no job none", self.refused("logs", "none"))
+        process = self.spawn("logs", "-f", "a")
+        self.assertEqual(process.communicate()[0], b"\xff\0001\r\n\xff\0002\r\n")
+        self.assertEqual(process.returncode, 0)
+        self.assertEqual(self.spawn("logs", "a", "--attempt", "1").communicate()[0],
+                         b"\xff\0001\r\n")
+        self.assertIn("no such attempt", self.refused("logs", "a", "--attempt", "3"))
+        self.enqueue("true", id="b", run_after="2100-01-01")
+        self.assertIn("logs -f b", self.refused("logs", "b"))
+
+    def test_following_is_live_and_exact_even_when_output_is_cut(self):
+        self.daemon("--workers", "1")
+        self.ok("config", "set", "output-limit", "1000")
+        self.enqueue("echo first; read line <%s; seq 400000" % self.path("gate"), id="a", timeout=0)
+        os.mkfifo(self.path("gate"))
+        process = self.spawn("logs", "-f", "a")
+        self.assertEqual(process.stdout.readline(), b"first\n")
+        self.open_gate()
+        lines = process.communicate()[0].decode().split("\n")
+        numbers = [int(line) for line in lines if line.isdigit()]
+        self.assertEqual((numbers[-1], sorted(set(numbers[1:]))), (400000, numbers[1:]))
+
+    def test_run_hands_on_output_and_exit_code_without_a_daemon(self):
+        process = self.spawn("run", "--max-retries", "1", "--", "echo out; echo err >&2; exit 5")
+        self.assertEqual((process.communicate()[0], process.returncode), (b"out\nerr\n", 5))
+        self.assertEqual(self.prints("run", "--quiet", "--", "echo", "quiet"), "")
+        code, out, err = self.cli("run", "--quiet", "--max-retries", "1", "--", "echo why; exit 6")
+        self.assertEqual((code, out), (6, "why\n"))
+        self.assertRegex(err, "^job \\S+ died: exit 6; see: logs \\S+\n$")
+        self.enqueue("true", id="holder", unique="k")
+        self.assertEqual(self.cli("run", "--quiet", "--unique", "k", "--", "true"), (0, "", ""))
+        self.assertIn("job holder", self.cli("run", "--unique", "k", "--", "true")[2])
+        self.assertEqual(self.show("holder", "state"), ("pending",))  # nobody else's job is worked
+
+    def test_runs_at_once_share_a_temporary_daemon_and_give_way_to_a_real_one(self):
+        runs = [self.spawn("run", "--timeout", "0s", "--", self.gate(name)) for name in "ab"]
+        for run in runs:
+            self.assertEqual(run.stdout.readline(), b"started\n")
+        daemon = self.daemon("--workers", "1")
+        self.assertEqual(self.ok("status")["jobs"]["processing"], 2)
+        for name, run in zip("ab", runs):
+            self.open_gate(name)
+            self.assertEqual((run.communicate()[0], run.returncode), (b"through\n", 0))
+        self.assertEqual(self.rows("SELECT MAX(runs), MAX(attempts) FROM jobs"), [(1, 1)])
+        self.assertIsNone(daemon.poll())
+
+    def test_a_run_goes_on_when_its_daemon_dies(self):
+        run = self.spawn("run", "--timeout", "0s", "--", self.gate())
+        self.assertEqual(run.stdout.readline(), b"started\n")
+        os.kill(json.loads(self.read("q.db.lock"))["pid"], signal.SIGKILL)
+        self.open_gate()
+        self.assertEqual((run.communicate()[0], run.returncode), (b"through\n", 0))
+
+    def test_an_interrupted_run_cancels_its_job(self):
+        for served, number, code in ((False, signal.SIGINT, 130), (True, signal.SIGTERM, 143)):
+            with self.subTest(served=served):
+                if served:
+                    self.daemon("--workers", "1")
+                run = self.spawn("run", "--id", "job%d" % code, "--timeout", "0s", "--",
+                                 "echo started; sleep 60")
+                self.assertEqual(run.stdout.readline(), b"started\n")
+                run.send_signal(number)
+                self.assertEqual(run.wait(), code)
+                self.assertEqual(self.show("job%d" % code, "state", "error"), ("dead", "cancelled"))
+
+    def test_drain_works_what_is_ready_and_waits_out_backoffs(self):
+        self.ok("config", "set", "delay-base", "1")
+        self.enqueue("true", id="later", run_after="2100-01-01")
+        self.assertEqual(self.ok("drain")["message"], "Queue drained")
+        self.enqueue("test -e again || { touch again; exit 1; }", id="twice", cwd=self.dir)
+        for _ in range(5):
+            self.enqueue("true")
+        self.assertEqual(self.ok("drain", "--count", "3")["message"], "Queue drained")
+        self.assertEqual(self.show("twice", "state", "attempts"), ("completed", 2))
+        self.enqueue("false", max_retries=1)
+        self.assertIn("1 job died", self.refused("drain"))
+        self.assertEqual(self.show("later", "state"), ("pending",))
+        self.daemon()
+        self.assertIn("already serves", self.refused("drain"))
+
+    def test_drain_gives_way_to_a_daemon_and_waits_on(self):
+        self.enqueue(self.gate(), id="a", timeout=0)
+        self.enqueue("false", id="b", max_retries=1)
+        drain = self.spawn("drain")
+        self.wait_for("processing")
+        self.daemon("--workers", "1")
+        self.open_gate()
+        self.assertEqual(drain.wait(), 1)
+        self.assertEqual((self.show("a", "state"), self.show("b", "state")),
+                         (("completed",), ("dead",)))
+
+    def test_a_stopped_drain_keeps_the_rest(self):
+        self.enqueue(self.gate(), id="a", timeout=0)
+        self.enqueue("true", id="b")
+        drain = self.spawn("drain")
+        self.wait_for("processing")
+        drain.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping" in self.read("q.db.log"), "it stops")
+        self.open_gate()
+        self.assertEqual(drain.wait(), 1)
+        self.assertEqual((self.show("a", "state"), self.show("b", "state")),
+                         (("completed",), ("pending",)))
+
+    def test_some_workers_can_be_stopped_and_their_jobs_given_back(self):
+        daemon = self.daemon("--workers", "3")
+        self.enqueue("sleep 60", id="a", timeout=0)
+        self.wait_for("processing")
+        roll = self.ok("worker", "list")
+        self.assertEqual(sorted((one["state"], str(one["job"])) for one in roll),
+                         [("busy", "a"), ("idle", "None"), ("idle", "None")])
+        self.assertEqual({one["pid"] for one in roll}, set(self.workers_of(daemon)))
+        self.assertEqual(self.ok("worker", "stop", "--count", "2")["message"], "Stopped 2 workers")
+        wait_until(lambda: len(self.ok("worker", "list")) == 1, "two have left")
+        self.assertEqual(self.show("a", "state"), ("processing",))
+        self.ok("worker", "stop", "--now")
+        self.wait_for("pending")
+        self.assertEqual(self.show("a", "attempts", "history"), (0, []))
+
+    def test_commands_that_watch_say_that_the_jobs_go_on(self):
+        self.enqueue("true", id="a", run_after="2100-01-01")
+        for args in (("wait", "a"), ("status", "--watch"), ("logs", "-f", "a")):
+            with self.subTest(args=args):
+                with mock.patch("queuectl.pauses", side_effect=KeyboardInterrupt), \
+                        mock.patch("time.sleep", side_effect=KeyboardInterrupt):
+                    code, _, err = self.cli(*args)
+                self.assertEqual((code, err.splitlines()[-1]),
+                                 (130, "stopped watching; the jobs go on"))
 
 
 # ---- Faults -------------------------------------------------------------------------------------
