@@ -100,6 +100,7 @@ BATCH_BYTES = 8 << 20           # or so many bytes
 PAGE_JOBS = 500                 # a list travels in pages of so many jobs,
 PAGE_BYTES = 1 << 20            # or so many bytes
 PROMOTE = 1000                  # due jobs made ready in one turn of the loop
+STARTS = 32                     # workers started in one turn of the loop
 ANSWERS = 250                   # answers remembered, for clients whose connection broke
 PURGE = 500                     # jobs deleted in one transaction
 PAGE_OUTPUT = 256 << 10         # output travels in pieces of so many bytes
@@ -2107,13 +2108,12 @@ class Worker:
 def close_other_descriptors(keep):
     """A copy of another worker's socket, of the lock or of a connection would hide its end."""
     try:
-        fds = [int(name) for name in os.listdir("/dev/fd")]
+        last = max(map(int, os.listdir("/dev/fd")))
     except OSError:
-        fds = range(os.sysconf("SC_OPEN_MAX"))
-    for fd in fds:
-        if fd not in keep:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        last = os.sysconf("SC_OPEN_MAX")
+    keep = sorted(keep)  # begins with 0: closerange(0, 0) closes everything since CPython 3.10
+    for low, high in zip(keep, keep[1:] + [last + 1]):
+        os.closerange(low + 1, high)
 
 
 def default_signals():
@@ -2243,7 +2243,8 @@ class Pool:
             self.retire(hand)
         if missing > 0 and now < self.hold_until:
             return
-        self.uneven = not all(self.start_worker(now) for _ in range(missing))
+        self.uneven = not all(
+            self.start_worker(now) for _ in range(min(missing, STARTS))) or missing > STARTS
 
     def start_worker(self, now):
         """Fork one; False (and a pause) where the system has no room for it."""

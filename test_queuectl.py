@@ -3057,7 +3057,8 @@ class ReadmeTest(QueueCase):
 # that yields Figures: medians of rounds, the queue's and the yardstick's in turn, so that a noisy
 # moment hits both. What was timed is checked: an unfinished or repeated job is no result.
 
-# value, must, aim: in `unit` (aim above must: the more the better); beside: what was measured
+# value, must, aim: in `unit` (aim above must: the more the better; None: only told); beside: what
+# was measured
 Figure = collections.namedtuple("Figure", "what value unit must aim beside")
 
 BARE_LOOP = """import subprocess, sys, time
@@ -3290,16 +3291,107 @@ def row_many(rounds=3, workers=64, count=640):
                  "%d, xargs %d jobs/s" % (median(ours), median(bare)))
 
 
-ROWS = (row_drain, row_enqueue, row_dispatch, row_backlog, row_bulk, row_idle, row_memory, row_many)
+def daemon_cpu_ms(workers, count=300):
+    """(ms until that many workers were there, ms until they were gone, CPU ms of the daemon a job
+    while all but two of them idled)."""
+    with own_queue("--workers", "2") as case:
+        daemon, start = case.daemons[0], time.monotonic()
+        if workers > 2:
+            case.ok("worker", "start", "--count", str(workers - 2))
+        wait_until(lambda: case.ok("status")["workers"] == workers, "they are there")
+        started, before = time.monotonic(), toil(daemon.pid)[0]
+        fill(case, "job", count, "true")
+        finish(case, "job", count)
+        busy, stop = toil(daemon.pid)[0] - before, time.monotonic()
+        case.ok("worker", "stop")
+        wait_until(lambda: len(processes_of(case.dir)) == 1, "they are gone")
+        return (started - start) * 1000, (time.monotonic() - stop) * 1000, busy * 1000 / count
+
+
+def row_fleet():
+    """Hundreds of workers: how long they take to come and go, and what idle ones cost."""
+    few = daemon_cpu_ms(2)[2]
+    for workers in (64, 256, 1000):
+        came, went, busy = daemon_cpu_ms(workers)
+        yield Figure("%d workers come" % workers, came / workers, "ms each", None, None,
+                     "gone in %.1f ms each; a job costs the daemon %.2f ms, with 2 workers %.2f"
+                     % (went / workers, busy, few))
+
+
+def row_clients(calls=200, clients=8, seconds=5):
+    """Enqueue calls that come together: as processes, and from clients that ask in loops."""
+    def ask_on(waits):
+        with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as answers:
+            sock.connect(case.sock)
+            while time.monotonic() < end:
+                start = time.monotonic()
+                sock.sendall(b'{"command":"enqueue","value":{"job":{"command":"true"}}}\n')
+                answers.readline()
+                waits.append((time.monotonic() - start) * 1000)
+    with own_queue("--workers", "1") as case:
+        case.ok("worker", "stop")
+        start = time.monotonic()
+        each = [case.spawn("enqueue", "-q", "--", "true") for _ in range(calls)]
+        for process in each:
+            expect(process.wait(), 0, "exit status of a call")
+        rate = calls / (time.monotonic() - start)
+        yield Figure("%d calls at once" % calls, rate, "calls/s", None, None, "none refused")
+        waits, end = [], time.monotonic() + seconds
+        threads = [threading.Thread(target=ask_on, args=(waits,)) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expect(case.ok("status")["jobs"]["pending"], calls + len(waits), "jobs stored")
+    waits.sort()
+    yield Figure("%d clients in loops" % clients, len(waits) / seconds, "jobs/s", None, None,
+                 "median %.2f, p99 %.2f ms" % (waits[len(waits) // 2], waits[len(waits) * 99 // 100]))
+
+
+def row_safety(rounds=5, count=300):
+    """What promises cost: a commit on the disk against one in the system's memory; a run file with
+    its lock for each attempt."""
+    def commits(store, durable):
+        start = time.perf_counter()
+        for _ in range(count):
+            with store.transaction(durable=durable):
+                store.insert([queuectl.make_job({"command": "true"}, store.settings, 0)])
+        return (time.perf_counter() - start) * 1000 / count
+
+    def run_files(folder):
+        start = time.perf_counter()
+        for number in range(count):
+            fd = os.open("%s/%d" % (folder, number), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.close(fd)
+            os.unlink("%s/%d" % (folder, number))
+        return (time.perf_counter() - start) * 1000 / count
+    with own_queue() as case:
+        store = queuectl.Store(case.db)
+        full, normal, files = map(median, zip(*[
+            (commits(store, True), commits(store, False), run_files(case.dir))
+            for _ in range(rounds)]))
+        store.close()
+    yield Figure("an enqueue, FULL", full, "ms", None, None, "NORMAL, lost by a power cut: %.3f ms"
+                 % normal)
+    yield Figure("run file and lock", files, "ms a job", None, None, "made, locked, removed")
+
+
+ROWS = (row_drain, row_enqueue, row_dispatch, row_backlog, row_bulk, row_idle, row_memory, row_many,
+        row_fleet, row_clients, row_safety)
 
 
 def verdict_of(figure):
+    if figure.must is None:
+        return "-"
     sign = 1 if figure.aim > figure.must else -1
     return ("aim" if figure.value * sign >= figure.aim * sign else
             "must" if figure.value * sign >= figure.must * sign else "MISSED")
 
 
 def shown(value):
+    if value is None:
+        return "-"
     return "%d" % value if value >= 1000 else "%.3g" % value
 
 
@@ -3314,7 +3406,7 @@ def bench(names):
     print(layout % ("row", "figure", "unit", "must", "aim", "holds", "measured"))
     for name in names or known:
         for figure in known[name]():
-            sign = ">= " if figure.aim > figure.must else "<= "
+            sign = "" if figure.must is None else ">= " if figure.aim > figure.must else "<= "
             print(layout % (figure.what, shown(figure.value), figure.unit,
                             sign + shown(figure.must), sign + shown(figure.aim),
                             verdict_of(figure), figure.beside), flush=True)
