@@ -834,17 +834,24 @@ class StoreTest(StoreCase):
                 ("has_chores", "jobs_finished", lambda: store.has_chores(NOW)),
                 ("holder", "autoindex_unique_keys", lambda: store.holder("k")),
                 ("list", "PRIMARY KEY", lambda: store.jobs(None, 5, 50)),
-                ("list --state", "jobs_state", lambda: store.jobs("dead", 5, 50))):
+                ("list --state", "jobs_state", lambda: store.jobs("dead", 5, 50)),
+                ("ended", "autoindex_jobs", lambda: store.ended(["a", "b"])),
+                ("unsettled", "jobs_ready", lambda: store.unsettled(NOW)),
+                ("latest", "jobs_finished", lambda: store.latest("dead", 5)),
+                ("count_finished", "jobs_finished", lambda: store.count_finished("dead", STAMP)),
+                ("attempts", "attempts_job", lambda: store.attempts("a")),
+                ("cancel", "autoindex_jobs", lambda: store.cancel("a", NOW)),
+                ("delete", "autoindex_jobs", lambda: store.delete(["a", "b"]))):
             with self.subTest(name=name), store.transaction(), \
                     mock.patch.object(store, "query", wraps=store.query) as reads, \
                     mock.patch.object(store, "write", wraps=store.write) as writes:
                 call()
                 made = [seen[0] for seen in reads.call_args_list + writes.call_args_list
-                        if "jobs" in seen[0][0]]
+                        if re.search("jobs|attempts", seen[0][0])]
                 plan = "\n".join(row[3] for sql, *values in made for row in
                                  store.connection.execute("EXPLAIN QUERY PLAN " + sql, *values))
-                self.assertRegex(plan, r"SEARCH (TABLE )?(jobs|unique_keys)\b.*" + index)
-                self.assertNotRegex(plan, r"SCAN (?!CONSTANT)|TEMP B-TREE")
+                self.assertRegex(plan, r"SEARCH (TABLE )?(jobs|unique_keys|attempts)\b.*" + index)
+                self.assertNotRegex(plan, r"SCAN (TABLE )?(jobs|attempts|unique)|TEMP B-TREE")
 
 
 class AttemptTest(Case):
