@@ -1276,7 +1276,7 @@ class Store:
                       COALESCE(jobs.timeout, 0), jobs.command, jobs.cwd, jobs.env
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
-               WHERE running.job = ?1 OR ?1 IS NULL
+               WHERE running.job = COALESCE(?, running.job)
                ORDER BY running.serial""", (job_id,))]
 
     def raise_serial(self, serial):

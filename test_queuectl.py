@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 from unittest import mock
 
 import queuectl
@@ -3611,4 +3612,7 @@ if __name__ == "__main__":
         sys.exit(stress(int(os.environ.get("SECONDS") or 180),
                         int(os.environ.get("SEED") or time.time()),
                         int(os.environ.get("JOBS") or 100000)))
-    unittest.main()
+    # What a later Python will refuse is an error already, here and in every process of a test.
+    warnings.filterwarnings("error", category=DeprecationWarning, module="queuectl$")
+    os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning:__main__"
+    unittest.main(warnings=False)
