@@ -1460,6 +1460,14 @@ class Store:
     def total_commands(self):
         return self.value("SELECT SUM(total_commands) FROM metrics") or 0
 
+    def size(self):
+        """Bytes on the disk, with what waits in the WAL."""
+        total = 0
+        for name in (self.path, self.path + "-wal"):
+            with contextlib.suppress(OSError):
+                total += os.stat(name).st_size
+        return total
+
 
 # ---- Running a command --------------------------------------------------------------------------
 # One attempt: its files, its process group, its deadline, its output; what to make of it once its
@@ -2789,7 +2797,11 @@ def op_metrics(context):
         "average_runtime": round(average, 3), "max_runtime": totals["longest_ms"] / 1000.0,
         "dead_jobs": counts["dead"], "failed_attempts": totals["failed"],
         "jobs_enqueued": totals["enqueued"], "jobs_completed": totals["completed"],
-        "jobs_died": totals["dead"], "workers_running": daemon.pool.count() if daemon else 0})
+        "jobs_died": totals["dead"], "workers_running": daemon.pool.count() if daemon else 0,
+        "jobs": counts, "uptime_s": int(daemon.uptime_s()) if daemon else 0,
+        "total_runtime": totals["runtime_ms"] / 1000.0, "database_bytes": store.size(),
+        # Those that a kill of the daemon can't take back: a counter must not fall.
+        "commands_recorded": store.total_commands()})
 
 
 @operation("worker", "start", names=("count",), bare="count", writes=True, needs_daemon=True)
@@ -3246,6 +3258,8 @@ class Daemon:
                 gc.freeze()  # the workers go on sharing what is loaded now
             while not self.finished():
                 self.step()
+            with contextlib.suppress(StorageError), self.store.transaction(durable=False):
+                self.store.add_commands(self.commands)
             self.log("stopped")
             return 0
         except Failure as error:
@@ -3371,7 +3385,7 @@ class Daemon:
         self.pool.reap()
         try:
             self.store.read_settings()
-            self.chores = self.store.has_chores(now_ms())
+            self.chores = self.store.has_chores(now_ms()) or self.commands > 0
             self.notice_clock()
         except Replaced:
             raise
@@ -3951,6 +3965,35 @@ def watch_lines(told, rate, stream):
         yield coloured("  dead %s ago: %s, %s" % (
             span((now - parse_date(job["finished_at"])) / 1000), safe(job["id"]),
             safe(job["error"] or "")), 31, stream)
+
+
+EXPOSITION = """\
+jobs gauge jobs Jobs in the queue, by state.
+jobs_enqueued_total counter jobs_enqueued Jobs stored so far.
+jobs_completed_total counter jobs_completed Jobs that completed so far.
+jobs_dead_total counter jobs_died Jobs that became dead so far.
+attempts_failed_total counter failed_attempts Attempts that failed so far.
+commands_total counter commands_recorded Requests that daemons served so far.
+job_duration_seconds summary total_runtime,jobs_completed Run time of completed jobs.
+workers gauge workers_running Workers that run.
+daemon_uptime_seconds gauge uptime_s Seconds since the daemon started, 0 without one.
+database_bytes gauge database_bytes Size of the database and its write-ahead log."""
+
+
+def exposition(metrics):
+    """What `metrics` answers as Prometheus's text format; each row of EXPOSITION is the name, the
+    type, the keys, the help."""
+    lines = []
+    for row in EXPOSITION.splitlines():
+        name, kind, keys, about = row.split(" ", 3)
+        name, values = "queuectl_" + name, [metrics[key] for key in keys.split(",")]
+        lines += ["# HELP %s %s" % (name, about), "# TYPE %s %s" % (name, kind)]
+        if keys == "jobs":
+            samples = [('{state="%s"}' % state, count) for state, count in values[0].items()]
+        else:
+            samples = zip(("_sum", "_count") if kind == "summary" else ("",), values)
+        lines += ["%s%s %s" % (name, suffix, value) for suffix, value in samples]
+    return "\n".join(lines)
 
 
 def printed(text, end="\n", stream=None):
@@ -4720,10 +4763,18 @@ def cmd_config_list(queue, args):
     printed(indented(queue.call("config", "list")["message"]))
 
 
-@subcommand("metrics", examples=("metrics", "metrics | grep average_runtime"))
+@subcommand("metrics", arg("--format", choices=("json", "prometheus"), default="json",
+                         metavar="F", help="json (default) or prometheus, for a textfile collector"),
+         examples=("metrics", "metrics --format prometheus >queuectl.prom"))
 def cmd_metrics(queue, args):
     """Show counters and run times."""
-    printed(indented(queue.call("metrics")["message"]))
+    metrics = queue.call("metrics")["message"]
+    if args.format == "json":
+        printed(indented(metrics))
+    elif "commands_recorded" in metrics:
+        printed(exposition(metrics))
+    else:
+        raise Failure("the daemon is of an older version; restart it: daemon stop, worker start")
 
 
 # ---- Main ---------------------------------------------------------------------------------------

@@ -3012,6 +3012,71 @@ class StormTest(QueueCase):
         self.storm(200, 20, seed=int(os.environ.get("SEED", "1")))
 
 
+class MonitoringTest(QueueCase):
+    """What a monitoring system asks."""
+
+    def exposed(self):
+        """{sample: value} of `metrics --format prometheus`, after a check of its form."""
+        code, out, _ = self.cli("metrics", "--format", "prometheus")
+        self.assertEqual((code, out[-1:]), (0, "\n"))
+        samples, declared = {}, {}
+        for line in out.splitlines():
+            if line.startswith("#"):
+                _, word, name, rest = line.split(" ", 3)
+                declared.setdefault(name, []).append(word if word == "HELP" else rest)
+                continue
+            match = re.fullmatch(r'(queuectl_[a-z_]+)(\{state="[a-z]+"\})? ([0-9.e+]+)', line)
+            self.assertTrue(match, line)
+            kind = declared[re.sub("_(sum|count)$", "", match.group(1))]
+            self.assertEqual(kind, ["HELP", kind[1]])
+            self.assertEqual(kind[1] == "counter", match.group(1).endswith("_total"))
+            samples[line.split(" ")[0]] = float(match.group(3))
+        return samples
+
+    def test_the_samples_are_those_of_the_queue(self):
+        self.assertEqual(set(self.exposed().values()), {0.0})
+        self.assertEqual(os.listdir(self.dir), [])
+        self.daemon("--workers", "1")
+        self.enqueue("true")
+        self.enqueue("exit 3", max_retries=1)
+        self.wait_for("completed")
+        self.wait_for("dead")
+        shown, metrics = self.exposed(), self.ok("metrics")
+        for name, value in (("jobs_enqueued_total", 2), ("jobs_completed_total", 1),
+                            ("jobs_dead_total", 1), ("attempts_failed_total", 1),
+                            ('jobs{state="dead"}', 1), ('jobs{state="pending"}', 0),
+                            ("job_duration_seconds_count", 1), ("workers", 1),
+                            ("job_duration_seconds_sum", metrics["total_runtime"])):
+            with self.subTest(name=name):
+                self.assertEqual(shown["queuectl_" + name], value)
+        size = sum(os.path.getsize(self.db + end) for end in ("", "-wal"))
+        self.assertEqual(metrics["database_bytes"], size)
+        self.assertEqual(shown["queuectl_database_bytes"], size)
+
+    def test_counters_never_fall_however_the_daemon_ends(self):
+        counters, seen = None, []
+        for stop in (lambda daemon: self.ok("daemon", "stop"), self.kill, self.kill):
+            daemon = self.daemon("--workers", "1")
+            self.enqueue("true")
+            for _ in range(3):
+                self.ok("status")
+                shown = self.exposed()
+                counters = [name for name in shown if name.endswith(("_total", "_sum", "_count"))]
+                seen.append([shown[name] for name in counters])
+            stop(daemon)
+        shown = self.exposed()
+        seen.append([shown[name] for name in counters])
+        for name, values in zip(counters, zip(*seen)):
+            self.assertEqual(list(values), sorted(values), name)
+        self.assertGreaterEqual(shown["queuectl_commands_total"], 8)  # none lost at the stop
+
+    def test_requests_are_counted_within_a_second_though_nothing_is_stored(self):
+        self.daemon()
+        self.ok("status")
+        wait_until(lambda: self.rows("SELECT SUM(total_commands) FROM metrics")[0][0] == 1,
+                   "the request is counted")
+
+
 class HouseTest(unittest.TestCase):
     """The order of the file, as its docstring promises it."""
 
