@@ -105,6 +105,7 @@ ANSWERS = 250                   # answers remembered, for clients whose connecti
 PURGE = 500                     # jobs deleted in one transaction
 PAGE_OUTPUT = 256 << 10         # output travels in pieces of so many bytes
 MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
+LOOKED_AT = 20000               # jobs that `check` looks at, some 20 ms
 MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to before it is cut
 
 GRACE_S = 2.0                   # from SIGTERM to SIGKILL
@@ -1467,6 +1468,39 @@ class Store:
             with contextlib.suppress(OSError):
                 total += os.stat(name).st_size
         return total
+
+    def ready_since(self, now):
+        """ms since when the one of the ready jobs that waits longest could have started, or None.
+        No index has these times: the first in line of each priority are looked at."""
+        levels, times = [1001], []
+        while levels[-1] is not None:
+            levels.append(self.value("""SELECT priority FROM jobs
+                                        WHERE ready = 1 AND priority < ?
+                                        ORDER BY priority DESC LIMIT 1""", (levels[-1],)))
+        for level in levels[1:-1]:
+            with contextlib.suppress(ValueError, OverflowError):  # dates by another program's hand
+                times.append(parse_date(self.value(
+                    """SELECT MIN(MAX(created_at, run_after))
+                       FROM (SELECT created_at, run_after FROM jobs
+                             WHERE ready = 1 AND priority = ?
+                             ORDER BY rowid LIMIT ?)""", (level, LOOKED_AT // len(levels)))))
+        due = self.value("SELECT due FROM jobs WHERE due > 0 ORDER BY due LIMIT 1")
+        if due is not None and due <= now:
+            times.append(due)
+        return min(times, default=None)
+
+    def completed_at(self, prefix, since):
+        """ISO time of the last completion of a job whose id begins with `prefix`, or None; where
+        many are called so, none before `since` is looked for."""
+        span = (prefix, prefix + "\U0010ffff")
+        if self.value("""SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE id >= ? AND id < ? LIMIT ?)
+                      """, span + (LOOKED_AT,)) < LOOKED_AT:
+            return self.value("""SELECT MAX(finished_at) FROM jobs
+                                 WHERE id >= ? AND id < ? AND +state = 'completed'""", span)
+        return self.value("""SELECT finished_at FROM jobs INDEXED BY jobs_finished
+                             WHERE state = 'completed' AND finished_at >= ?
+                               AND +id >= ? AND +id < ?
+                             ORDER BY finished_at DESC LIMIT 1""", (since,) + span)
 
 
 # ---- Running a command --------------------------------------------------------------------------
@@ -2853,6 +2887,22 @@ def op_daemon_status(context):
     return reply(context.daemon.about())
 
 
+@operation("check", names=("prefix", "within"))
+def op_check(context, prefix=None, within=0):
+    """What `check` judges. waited_ms: of the job that has been ready longest; ended_ms: since the
+    last completion of a job whose id begins with `prefix`; None: there is none."""
+    store, daemon, now = context.store, context.daemon, context.now
+    began, ended = store.ready_since(now), None
+    if prefix is not None:
+        since = now - checked("within", as_ms, within)
+        ended = store.completed_at(checked("prefix", as_id, prefix), iso(max(since, 0)))
+    return reply(dict({"jobs": store.counts(), "daemon": daemon is not None,
+                       "workers": daemon.pool.count() if daemon else 0,
+                       "waited_ms": began and max(now - began, 0),
+                       "ended_ms": ended and max(now - parse_date(ended), 0)},
+                      **pause_note(context)))
+
+
 def record_results(store, results, now):
     """Store what became of attempts: [(Result, Verdict)]."""
     done = []
@@ -3915,7 +3965,7 @@ FORMATS = {"json": json_lines, "jsonl": jsonl_lines, "table": table_lines}
 JOB_COLUMNS = ("id", "state", "priority", "attempts", "updated_at", "error", "command")
 
 
-def span(seconds):
+def lapse(seconds):
     """A duration in two units at most: 45s, 3m20s, 5h12m, 2d4h."""
     seconds = int(seconds)
     for unit, size, small, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60),
@@ -3929,7 +3979,7 @@ def bar(done, total, failed, seconds):
     """How far it is: done of total, rate, time left, failures so far."""
     rate = done / seconds if seconds > 0 else 0.0
     filled = 20 * done // total if total else 20
-    left = " %s left" % span((total - done) / rate) if rate and total > done else ""
+    left = " %s left" % lapse((total - done) / rate) if rate and total > done else ""
     return "[%s%s] %d/%d  %.1f/s%s%s" % ("#" * filled, "." * (20 - filled), done, total, rate, left,
                                          "  %d failed" % failed if failed else "")
 
@@ -3960,10 +4010,10 @@ def watch_lines(told, rate, stream):
         if worker["job"]:
             yield "  %-7s %-9s %-6s %s" % (
                 worker["pid"] or "-", worker["state"],
-                span((now - parse_date(worker["since"])) / 1000), safe(worker["job"]))
+                lapse((now - parse_date(worker["since"])) / 1000), safe(worker["job"]))
     for job in told["deaths"]:
         yield coloured("  dead %s ago: %s, %s" % (
-            span((now - parse_date(job["finished_at"])) / 1000), safe(job["id"]),
+            lapse((now - parse_date(job["finished_at"])) / 1000), safe(job["id"]),
             safe(job["error"] or "")), 31, stream)
 
 
@@ -3994,6 +4044,48 @@ def exposition(metrics):
             samples = zip(("_sum", "_count") if kind == "summary" else ("",), values)
         lines += ["%s%s %s" % (name, suffix, value) for suffix, value in samples]
     return "\n".join(lines)
+
+
+def whole_s(ms):
+    """Whole seconds, rounded up, so that nothing over a limit looks as if it weren't."""
+    return ms and -(-ms // 1000)
+
+
+def gauges(found, pending=None, dead=None, age=None, prefix=None, within=None):
+    """[(name, value, unit, limit)] from what `check` found and the limits given: the highest
+    numbers of jobs, the longest ms. A value may be None: there is none."""
+    rows = [(state, found["jobs"][state], "", limit) for state, limit in (
+        ("pending", pending), ("processing", None), ("failed", None), ("dead", dead))]
+    rows += [("workers", found["workers"], "", None),
+             ("age", whole_s(found["waited_ms"]) or 0, "s", whole_s(age))]
+    if prefix is not None:
+        rows.append(("completed", whole_s(found["ended_ms"]), "s", whole_s(within)))
+    return rows
+
+
+def judge(found, **limits):
+    """(exit status, line) as monitoring plugins have them; see `gauges`."""
+    jobs, problems, data = found["jobs"], [], []
+    waiting = jobs["pending"] + jobs["failed"]
+    for name, value, unit, limit in gauges(found, **limits):
+        shown = "U" if value is None else "%d%s" % (value, unit)
+        data.append("%s=%s;;%s;0" % (name, shown, "" if limit is None else limit))
+        if limit is not None and (value is None or value > limit):
+            problems.append("%s is %s, over %d%s" % (name, shown, limit, unit)
+                            if name != "completed" else "no job %s... completed in %ds, %s" % (
+                                safe(limits["prefix"]).replace("|", "/"), limit,
+                                "none seen" if value is None else "the last %s ago" % shown))
+    status = 2 if problems else 0
+    if waiting + jobs["processing"] and not found["daemon"]:
+        problems.append("no daemon runs")
+    elif waiting and not found["workers"]:
+        problems.append("no worker runs")
+    if "paused" in found:
+        problems.append("paused")
+    problems.append("%s waiting, %d dead" % (plural(waiting, "job"), jobs["dead"]))
+    status = status or min(len(problems) - 1, 1)
+    return status, "%s - %s | %s" % (("OK", "WARNING", "CRITICAL")[status], ", ".join(problems),
+                                     " ".join(data))
 
 
 def printed(text, end="\n", stream=None):
@@ -4068,25 +4160,20 @@ def subcommand(name, *arguments, examples=()):
     return register
 
 
-def duration_flag(text):
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError("%s %s" % (safe(text), error))
+def flag_type(check):
+    """The type of an argparse argument: what `check` makes of its text."""
+    def convert(text):
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError("%s %s" % (safe(text), error))
+    return convert
 
 
-def count_flag(text):
-    try:
-        return in_range(whole(text), 1, MAX_WORKERS)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error))
-
-
-def time_flag(text):
-    try:
-        return as_date(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error))
+duration_flag = flag_type(parse_duration)
+time_flag = flag_type(as_date)
+count_flag = flag_type(lambda text: in_range(whole(text), 1, MAX_WORKERS))
+limit_flag = flag_type(lambda text: in_range(whole(text), 0, 10 ** 9))
 
 
 # The one place of each grammar: a job's flags, which jobs are meant, how a list is shown.
@@ -4543,7 +4630,7 @@ def watch_progress(steps, timeout):
                 return
             if timeout is not None and monotonic() > start + timeout / 1000.0:
                 raise ended_with(124, "after %s only %d of %s had ended; they go on" % (
-                    span(timeout / 1000.0), done, plural(total, "job")))
+                    lapse(timeout / 1000.0), done, plural(total, "job")))
             next(idle)
     finally:
         drawing.close()
@@ -4777,6 +4864,29 @@ def cmd_metrics(queue, args):
         raise Failure("the daemon is of an older version; restart it: daemon stop, worker start")
 
 
+@subcommand("check", arg("--max-pending", type=limit_flag, metavar="N", help="most pending jobs"),
+         arg("--max-dead", type=limit_flag, metavar="N", help="most dead jobs"),
+         arg("--max-age", type=duration_flag, metavar="DUR",
+             help="longest that a ready job may have waited, like 10m"),
+         arg("--completed", metavar="ID-PREFIX",
+             help="a job whose id begins so must have completed"),
+         arg("--within", type=duration_flag, metavar="DUR", help="not longer ago than this"),
+         examples=("check --max-dead 0 --max-age 10m", "check --completed backup- --within 26h"))
+def cmd_check(queue, args):
+    """Judge the queue as a monitoring plugin: one line, exit 0 OK, 1 WARNING (jobs wait and nobody
+    works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error)."""
+    if (args.completed is None) != (args.within is None):
+        raise Usage("--completed and --within go together; see: queuectl check --help")
+    if (queue.place.db_given or not queue.place.socket_given) and queue.untouched():
+        raise Failure("no queue at %s; name it with --db" % safe(queue.place.db))
+    queue.note = silent  # the line is all that a plugin says
+    found = queue.call("check", prefix=args.completed, within=args.within or 0)["message"]
+    status, line = judge(found, pending=args.max_pending, dead=args.max_dead, age=args.max_age,
+                         prefix=args.completed, within=args.within)
+    printed(line)
+    return status
+
+
 # ---- Main ---------------------------------------------------------------------------------------
 # The parser of the one command that is called, and the exit status.
 
@@ -4882,6 +4992,27 @@ def utf8(argument):
         return argument
 
 
+def is_check(argv):
+    """Whether the command is `check`, whatever else is wrong with the line."""
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            return word == "check"
+        if word in ("--db", "--socket"):
+            next(words, None)
+    return False
+
+
+def complain(argv, problem, status):
+    """Say what went wrong, in one line; the exit status. `check` has its own form of both."""
+    if is_check(argv):
+        with contextlib.suppress(OSError):
+            printed("UNKNOWN - %s" % problem.replace("|", "/"))
+        return 3
+    tell(compact({"success": False, "message": "Error: %s" % problem}))
+    return status
+
+
 def main(argv):
     """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
     try:
@@ -4889,17 +5020,15 @@ def main(argv):
         place = locate(getattr(args, "db", None), getattr(args, "socket", None), os.environ)
         return function(Queue(place, tell), args) or 0
     except Failure as error:
-        tell(compact({"success": False, "message": "Error: %s" % error}))
-        return error.exit_code
+        return complain(argv, str(error), error.exit_code)
     except KeyboardInterrupt as interrupt:
         tell(str(interrupt) or "interrupted")
         return getattr(interrupt, "exit_code", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at exit
-        return 1
+        return 3 if is_check(argv) else 1
     except OSError as error:
-        tell(compact({"success": False, "message": "Error: %s" % safe(str(error))}))
-        return 1
+        return complain(argv, safe(str(error)), 1)
 
 
 def leave(status):
@@ -4920,5 +5049,5 @@ if __name__ == "__main__":
     except BaseException:
         import traceback
         traceback.print_exc()
-        code = 1
+        code = 3 if is_check(sys.argv[1:]) else 1
     leave(code)

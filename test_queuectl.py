@@ -3076,6 +3076,137 @@ class MonitoringTest(QueueCase):
         wait_until(lambda: self.rows("SELECT SUM(total_commands) FROM metrics")[0][0] == 1,
                    "the request is counted")
 
+    def check(self, *args):
+        """(exit status, text, {name: perfdata}) of a `check`, which says one line and no more."""
+        code, out, err = self.cli("check", *args)
+        self.assertEqual((err, out.count("\n")), ("", 1))
+        text, _, data = out.strip().partition(" | ")
+        word = ("OK", "WARNING", "CRITICAL", "UNKNOWN")[code]
+        self.assertTrue(text.startswith(word + " - "), out)
+        return code, text, dict(item.split("=") for item in data.split())
+
+    def test_what_is_ok_what_a_warning_and_what_critical(self):
+        def found(daemon=True, workers=2, waited=None, ended=None, **jobs):
+            return {"jobs": dict(dict.fromkeys(queuectl.STATES, 0), **jobs), "daemon": daemon,
+                    "workers": workers, "waited_ms": waited, "ended_ms": ended}
+        switch = {"prefix": "b|", "within": 60000}
+        for status, words, given, limits in (
+                (0, "0 jobs waiting, 0 dead", found(), {}),
+                (0, "0 jobs", found(False, 0), {}),
+                (0, "1 job waiting", found(pending=1, dead=5), {}),
+                (1, "no worker runs, 1 job waiting", found(workers=0, pending=1), {}),
+                (1, "no worker runs", found(workers=0, failed=1), {}),
+                (0, "OK", found(workers=0, processing=1), {}),  # they end after their jobs
+                (1, "no daemon runs", found(False, 0, processing=1), {}),
+                (0, "OK", found(pending=9), {"pending": 9}),
+                (2, "pending is 10, over 9", found(pending=10), {"pending": 9}),
+                (2, "dead is 1, over 0, no daemon runs", found(False, 0, pending=1, dead=1),
+                 {"dead": 0}),
+                (0, "OK", found(waited=60000), {"age": 60000}),
+                (2, "age is 61s, over 60s", found(waited=60001), {"age": 60000}),
+                (0, "OK", found(ended=60000), switch),
+                (2, "no job b/... completed in 60s, the last 61s ago", found(ended=60001), switch),
+                (2, "no job b/... completed in 60s, none seen", found(), switch)):
+            with self.subTest(words=words, status=status):
+                code, line = queuectl.judge(given, **limits)
+                self.assertEqual((code, line.count("|")), (status, 1))
+                self.assertIn(words, line)
+
+    def test_check_sees_what_waits_and_what_completed(self):
+        self.enqueue("true", id="nightly-1")
+        self.rows("UPDATE jobs SET created_at = '2026-01-01', run_after = ?",
+                  queuectl.iso(queuectl.now_ms() - 90000))
+        code, text, data = self.check("--max-age", "1m")
+        self.assertEqual((code, data["pending"], data["age"][-7:]), (2, "1;;;0", "s;;60;0"))
+        self.assertRegex(text, r"age is 9\ds, over 60s, no daemon runs")
+        self.assertEqual(self.check("--max-age", "2m")[0], 1)
+        self.assertEqual(self.check("--completed", "nightly-", "--within", "1d")[0], 2)
+        self.daemon("--workers", "1")
+        self.wait_for("completed")
+        code, _, data = self.check("--completed", "nightly-", "--within", "1d", "--max-pending",
+                                   "0", "--max-dead", "0", "--max-age", "1s")
+        self.assertEqual((code, data["dead"], data["age"], data["workers"]),
+                         (0, "0;;0;0", "0s;;1;0", "1;;;0"))
+        self.assertRegex(data["completed"], r"^\d+s;;86400;0$")
+        self.rows("UPDATE jobs SET finished_at = ?", queuectl.iso(queuectl.now_ms() - 86400001))
+        self.assertEqual(self.check("--completed", "nightly-", "--within", "1d")[0], 2)
+        self.assertEqual(self.check("--completed", "nightly-1x", "--within", "1d")[0], 2)
+        self.ok("worker", "stop")
+        self.enqueue("true")
+        self.assertIn("no worker runs", self.check()[1])
+
+    def test_any_error_of_check_is_unknown_and_exits_3(self):
+        self.assertIn("no queue at " + self.db, self.check()[1])
+        self.enqueue("true")
+        for args in (("--frob",), ("--max-dead", "-1"), ("--max-pending", "x"), ("--max-age", "30"),
+                     ("--completed", "x"), ("--within", "1d"), ("--completed", "a/b|", "--within",
+                     "1d"), ("--db", self.dir), ("extra",), ("--socket", "/" + "x" * 200)):
+            with self.subTest(args=args):
+                self.assertEqual(self.check(*args)[0], 3)
+        with open(self.db, "w"):
+            pass
+        self.assertIn("is empty", self.check()[1])
+        for argv, code in ((("--db", self.db, "check"), 3), (("--frob", "check"), 3),
+                           (("dlq", "retry", "check"), 1), (("--db", "check", "list"), 0)):
+            with self.subTest(argv=argv):
+                self.assertEqual(queuectl.is_check(argv), code == 3)
+        with mock.patch("queuectl.printed", side_effect=BrokenPipeError), \
+                mock.patch("os.dup2"), mock.patch("os.open"):
+            self.assertEqual(self.cli("check")[0], 3)
+
+
+class CheckQueriesTest(StoreCase):
+    """What `check` reads of the database."""
+
+    def test_the_longest_wait_is_counted_from_when_a_job_could_have_started(self):
+        self.assertIsNone(self.store.ready_since(NOW))
+        self.add("a", priority=5, run_after="2020-01-01")       # could start once it was stored
+        self.add("b", run_after=queuectl.iso(NOW + 1000))
+        self.assertEqual(self.store.ready_since(NOW), NOW)
+        self.sql("UPDATE jobs SET created_at = ? WHERE id = 'b'", queuectl.iso(NOW - 9000))
+        self.claim()
+        self.assertIsNone(self.store.ready_since(NOW + 999))
+        self.assertEqual(self.store.ready_since(NOW + 2000), NOW + 1000)  # due, nobody works
+        with self.store.transaction():
+            self.store.promote(NOW + 5000)
+        self.assertEqual(self.store.ready_since(NOW + 5000), NOW + 1000)
+        self.add("c", priority=-1000, run_after="2020-01-01")
+        self.add("d", priority=1000)
+        self.sql("UPDATE jobs SET created_at = ? WHERE id = 'c'", queuectl.iso(NOW - 7000))
+        self.sql("UPDATE jobs SET run_after = 'soon' WHERE id = 'd'")
+        self.assertEqual(self.store.ready_since(NOW + 5000), NOW - 7000)
+
+    def test_the_last_completion_is_found_by_prefix_however_many_there_are(self):
+        for number, job_id in enumerate(("job", "job-1", "job-2", "jobs", "jo", "joc")):
+            self.add(job_id)
+            self.end(self.claim()[0], 0, now=NOW + number * 1000)
+        self.add("job-3")
+        for looked_at in (20000, 2):
+            with mock.patch("queuectl.LOOKED_AT", looked_at):
+                for prefix, number in (("job", 3), ("job-", 2), ("job-1", 1), ("j", 5), ("k", None),
+                                       ("job-3", None), ("J", None), ("job_", None)):
+                    with self.subTest(prefix=prefix, looked_at=looked_at):
+                        self.assertEqual(self.store.completed_at(prefix, STAMP),
+                                         None if number is None
+                                         else queuectl.iso(NOW + number * 1000))
+        with mock.patch("queuectl.LOOKED_AT", 2):
+            self.assertIsNone(self.store.completed_at("job", queuectl.iso(NOW + 3001)))
+
+    def test_a_million_jobs_are_looked_at_by_index(self):
+        self.add("a")
+        for looked_at in (20000, 0):
+            with mock.patch("queuectl.LOOKED_AT", looked_at), \
+                    mock.patch.object(self.store, "query", wraps=self.store.query) as reads:
+                self.store.ready_since(NOW)
+                self.store.completed_at("a", STAMP)
+            self.assertGreaterEqual(reads.call_count, 6)
+            for seen in reads.call_args_list:
+                plan = "\n".join(row[3] for row in self.store.connection.execute(
+                    "EXPLAIN QUERY PLAN " + seen[0][0], *seen[0][1:]))
+                with self.subTest(plan=plan):
+                    self.assertRegex(plan, r"SEARCH (TABLE )?jobs\b.*(INDEX)")
+                    self.assertNotRegex(plan, r"SCAN (TABLE )?jobs|TEMP B-TREE|^SEARCH.*\(state=\?\)")
+
 
 class HouseTest(unittest.TestCase):
     """The order of the file, as its docstring promises it."""
