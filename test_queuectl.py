@@ -3208,6 +3208,146 @@ class CheckQueriesTest(StoreCase):
                     self.assertNotRegex(plan, r"SCAN (TABLE )?jobs|TEMP B-TREE|^SEARCH.*\(state=\?\)")
 
 
+class BackupTest(FaultCase):
+    def setUp(self):
+        super().setUp()
+        self.copy = self.path("copy of 100%?#.db")
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+    def dump(self, path):
+        """Schema and rows, in the order of the rows."""
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            made = connection.execute("""SELECT type, name, sql FROM sqlite_master
+                                         ORDER BY type, name""").fetchall()
+            pragmas = [connection.execute("PRAGMA " + name).fetchall()
+                       for name in ("user_version", "page_size", "encoding", "integrity_check")]
+            return made, pragmas, [connection.execute('SELECT * FROM "%s"' % name).fetchall()
+                                   for kind, name, _ in made if kind == "table"]
+
+    def test_a_copy_equals_its_original_and_is_a_queue_of_its_own(self):
+        self.rows("PRAGMA page_size = 1024")
+        self.rows("CREATE TABLE extra (a)")  # or the page size would not last
+        self.enqueue("echo a")
+        self.ok("enqueue", "-", stdin="".join('{"command":"true","id":"%d","priority":%d}\n' % (
+            number * 7919 % 1000, number % 3) for number in range(1000)))
+        self.assertNotEqual(*[self.rows("SELECT id FROM jobs ORDER BY " + order)
+                              for order in ("id", "rowid")])
+        self.rows("CREATE TABLE \"odd 'name\" (a, b DEFAULT (1 + 1))")
+        self.rows("INSERT INTO \"odd 'name\" (a) VALUES (x'00ff')")
+        self.rows("CREATE VIEW seen AS SELECT id FROM jobs")
+        self.rows("INSERT INTO metrics (id) VALUES (7)")
+        self.rows("DELETE FROM metrics WHERE id = 7")
+        with umask(0):
+            self.assertEqual(self.ok("backup", self.copy), {
+                "success": True, "message": "Backed up 1001 jobs to " + self.copy})
+        self.assertEqual(stat.S_IMODE(os.stat(self.copy).st_mode), 0o600)
+        self.assertEqual(self.dump(self.copy), self.dump(self.db))
+        self.env["DB_PATH"] = self.copy
+        jobs, self.env["DB_PATH"] = self.jobs(), self.db
+        self.assertEqual(jobs, self.jobs())
+
+    def test_a_backup_under_load_holds_all_that_was_acknowledged_before(self):
+        daemon = self.daemon("--workers", "2")
+        queue = queuectl.Queue(queuectl.Place(self.db, True, self.sock, True), lambda line: None)
+        acknowledged, over = set(), threading.Event()
+
+        def feed():
+            while not over.is_set():
+                jobs = [{"command": "true"}] * 20
+                acknowledged.update(queue.call("enqueue", "batch", jobs=jobs, ids=True)["ids"])
+        feeder = threading.Thread(target=feed)
+        feeder.start()
+        try:
+            for number in range(3):
+                copy = self.copy + str(number)
+                wait_until(lambda: len(acknowledged) > 200 * (number + 1), "jobs are fed")
+                before = set(acknowledged)
+                self.ok("backup", copy)
+                made, pragmas, _ = self.dump(copy)
+                self.assertEqual(pragmas[-1], [("ok",)])
+                with contextlib.closing(sqlite3.connect(copy)) as connection:
+                    ids = {row[0] for row in connection.execute("SELECT id FROM jobs")}
+                    counted, = connection.execute("""SELECT SUM(jobs) FROM counts""").fetchone()
+                    states = connection.execute("""SELECT state, jobs FROM counts WHERE jobs > 0
+                        EXCEPT SELECT state, COUNT(*) FROM jobs GROUP BY state""").fetchall()
+                self.assertEqual((before - ids, counted, states), (set(), len(ids), []))
+        finally:
+            over.set()
+            feeder.join()
+        self.assertIsNone(daemon.poll())
+
+    def test_no_lock_is_taken_and_no_checkpoint_made(self):
+        daemon = self.daemon()
+        self.enqueue("true")
+        self.kill(daemon)
+        files = [self.db, self.db + "-wal"]
+        before = list(map(read, files))
+        with open(self.db + ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.assertEqual(self.ok("backup", self.copy)["message"][:15], "Backed up 1 job")
+        self.assertEqual(list(map(read, files)), before)
+        self.assertEqual(self.ok("status")["jobs"]["pending"], 1)
+
+    def test_a_backup_replaces_nothing_and_leaves_nothing_when_it_fails(self):
+        self.assertIn("no queue at", self.refused("backup", self.copy))
+        self.enqueue("true")
+        for make in (lambda: open(self.copy, "w").close(), lambda: os.symlink("none", self.copy)):
+            make()
+            self.assertIn("replaces nothing", self.refused("backup", self.copy))
+            os.unlink(self.copy)
+        self.assertIn("replaces nothing", self.refused("backup", self.db))
+        self.assertIn("No such file", self.refused("backup", self.path("none/x")))
+        for error, words in ((queuectl.StorageError("no space"), "no space; no backup was made"),
+                             (OSError(5, "it broke"), "it broke")):
+            with mock.patch("queuectl.copy_database", side_effect=error):
+                self.assertIn(words, self.refused("backup", self.copy))
+            self.assertFalse(os.path.lexists(self.copy))
+        with mock.patch("queuectl.copy_database", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.cli("backup", self.copy)[0], 130)
+        self.assertFalse(os.path.lexists(self.copy))
+
+    def test_a_damaged_or_strange_source_and_a_full_disk_are_told(self):
+        self.ok("enqueue", "-", stdin='{"command":"true"}\n' * 500)
+        small = subprocess.Popen(["/bin/sh", "-c", 'ulimit -f 40; exec "$@"', "sh", sys.executable,
+                                  SCRIPT, "backup", self.copy], env=self.env,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = small.communicate()
+        self.assertEqual((small.returncode, out), (1, b""), err)
+        self.assertIn(b"no backup was made", err)
+        with open(self.db, "r+b") as file:
+            file.seek(4096 * 12)
+            file.write(b"\xff" * 4096 * 3)
+        self.assertIn("is corrupt; restore a backup", self.refused("backup", self.copy))
+        with open(self.db, "wb") as file:
+            file.write(b"x" * 5000)
+        self.assertIn("is not a database", self.refused("backup", self.copy))
+        os.unlink(self.db)
+        self.rows("CREATE TABLE other (a)")
+        self.assertIn("holds no queue", self.refused("backup", self.copy))
+        self.assertFalse(os.path.lexists(self.copy))
+
+    def test_a_signal_ends_it_and_removes_the_file(self):
+        self.enqueue("true")
+        code = """import signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import queuectl
+queuectl.copy_database = lambda path, target: (print("ready", flush=True), signal.pause())
+sys.exit(queuectl.main(sys.argv[1:]))"""
+        process = self.started([sys.executable, "-c", code, HERE, "backup", self.copy])
+        self.assertTrue(os.path.exists(self.copy))
+        process.terminate()
+        self.assertEqual(process.wait(), 130)
+        self.assertFalse(os.path.exists(self.copy))
+
+    def test_where_only_a_socket_is_given_the_daemon_there_tells_the_database(self):
+        self.daemon()
+        self.enqueue("true")
+        del self.env["DB_PATH"]
+        self.assertEqual(self.ok("backup", self.copy)["message"][:15], "Backed up 1 job")
+        self.env["SOCKET_PATH"] = self.path("none")
+        self.assertIn("no daemon at", self.refused("backup", self.copy + "2"))
+
+
 class HouseTest(unittest.TestCase):
     """The order of the file, as its docstring promises it."""
 
