@@ -400,11 +400,20 @@ def boot_id():
     return ""
 
 
+def read_at(path, start, size):
+    """(up to `size` bytes of a file from byte `start` on, from the end if negative; its size)."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        length = os.fstat(fd).st_size
+        return os.pread(fd, size, max(start if start >= 0 else length + start, 0)), length
+    finally:
+        os.close(fd)
+
+
 def process_start(pid):
     """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie."""
     try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = read_at("/proc/%d/stat" % pid, 0, 4096)[0].rpartition(b")")[2].split()
         return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -466,7 +475,7 @@ def pad(value, size):
 def unpad(data):
     """What `pad` wrote, or {} when it is garbled."""
     try:
-        value = json.loads(data.decode())
+        value = json.loads(data.rstrip().decode())
         return value if isinstance(value, dict) else {}
     except ValueError:
         return {}
@@ -962,6 +971,8 @@ class Store:
             self.connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
             self.synchronous = None
             try:
+                # A turn touches a few rows in each of many trees: small pages are less to write.
+                self.connection.execute("PRAGMA page_size = 1024")
                 version = self.identify()
                 if self.path != ":memory:":
                     self.file = os.stat(self.path)
@@ -1601,8 +1612,7 @@ class Spool:
     def record(self, claim):
         """What the worker noted about this very attempt, {} if nothing."""
         try:
-            with open(self.worker(claim.slot), "rb") as file:
-                record = unpad(file.read(RECORD_BYTES))
+            record = unpad(read_at(self.worker(claim.slot), 0, RECORD_BYTES)[0])
         except OSError:
             return {}
         return record if record.get("serial") == claim.serial else {}
@@ -1610,10 +1620,8 @@ class Spool:
     def tail(self, serial, limit):
         """(the last `limit` bytes of the attempt's output, how many came before)."""
         try:
-            with open(self.run(serial), "rb") as file:
-                start = max(os.fstat(file.fileno()).st_size - limit, 0)
-                file.seek(start)
-                return file.read(limit), start
+            data, size = read_at(self.run(serial), -limit, limit)
+            return data, max(size - limit, 0)
         except OSError:
             return b"", 0
 
@@ -1622,9 +1630,8 @@ class Spool:
         left of it on; where they start)."""
         before = self.record(claim).get("dropped", 0)
         if before is not None:  # else it is just being cut
-            with contextlib.suppress(OSError), open(self.run(claim.serial), "rb") as file:
-                file.seek(max(offset - before, 0))
-                data = file.read(limit)
+            with contextlib.suppress(OSError):
+                data, _ = read_at(self.run(claim.serial), max(offset - before, 0), limit)
                 if self.record(claim).get("dropped", 0) == before:
                     return data, max(offset, before)
         return b"", offset
@@ -1746,7 +1753,6 @@ class Attempt:
         order = self.order
         self.output, theirs = os.pipe()
         try:
-            os.set_blocking(self.output, False)
             self.process = subprocess.Popen(
                 [word.encode() for word in order["shell"]] + [order["command"].encode()],
                 stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
@@ -1756,10 +1762,7 @@ class Attempt:
             os.close(theirs)
 
     def on_output(self):
-        try:
-            data = os.read(self.output, 65536)
-        except BlockingIOError:
-            return
+        data = os.read(self.output, 65536)
         if data:
             self.keep(data)
         else:
@@ -2158,7 +2161,7 @@ class Worker:
         if attempt and attempt.deadline is not None and now >= attempt.deadline:
             attempt.on_deadline(now)
         if attempt and attempt.over:
-            self.report()
+            self.attempt = None
         self.hear()
 
     def timeout_ms(self):
@@ -2206,16 +2209,13 @@ class Worker:
         attempt = self.attempt = Attempt(message, self.spool.run(message["serial"]), self.note)
         message["env"] = job_environment(self.env, message)
         attempt.start(now)
-        attempt.on_child(now)  # it may have ended before its pid was known
-
-    def report(self):
-        """Ring: the record stands."""
-        self.attempt = None
-        with contextlib.suppress(OSError):  # no daemon: the next one reads the record
-            self.sock.send(b".")
 
     def note(self, **record):
+        """Write the record, and ring once it stands for good."""
         os.pwrite(self.slot_fd, pad(record, RECORD_BYTES), 0)
+        if record["phase"] == "ended":
+            with contextlib.suppress(OSError):  # no daemon: the next one reads the record
+                self.sock.send(b".")
 
 
 def close_other_descriptors(keep):
@@ -2301,7 +2301,7 @@ class Orphan:
 
 def result_of(claim, verdict, record, spool, limit, worker=None):
     """The Result for what `settle` says of an attempt: "take", "give back" or "lost"."""
-    output, cut = spool.tail(claim.serial, limit)
+    output, cut = spool.tail(claim.serial, limit) if record.get("size", 1) else (b"", 0)
     dropped = (record.get("dropped") or 0) + cut
     if verdict == "take":
         outcome = Outcome(record.get("status"), record.get("reason", ""),
@@ -2502,7 +2502,6 @@ class Pool:
 
     def close(self, claim):
         """The attempt's outcome is stored: its worker is free for the next."""
-        self.spool.discard(claim.serial)
         if self.orphans.pop(claim.serial, None):
             self.uneven = True
             return
@@ -3593,18 +3592,20 @@ class Daemon:
     def deliver(self, done, claims, answered, now):
         """After the COMMIT: free workers, hand out, answer."""
         self.commands = 0
-        for result, verdict in done:
+        for result, _ in done:
             self.pool.close(result.claim)
-            if verdict.state == "dead":
-                self.died += 1
-                self.log("job dead: %s, %s" % (result.claim.job, verdict.error))
-            elif result.outcome.reason == "unstarted":
-                self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
         for claim in claims:
             if claim.slot in self.pool.idle:  # else: its worker has just died; settled like any
                 self.pool.hand_out(claim, self.order(claim))
             else:
                 self.pool.orphans[claim.serial] = Orphan(claim, now)
+        for result, verdict in done:  # while the workers go on
+            self.spool.discard(result.claim.serial)
+            if verdict.state == "dead":
+                self.died += 1
+                self.log("job dead: %s, %s" % (result.claim.job, verdict.error))
+            elif result.outcome.reason == "unstarted":
+                self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
         answered = list(answered)
         if answered:
             self.obey(now)
