@@ -134,6 +134,7 @@ SETTINGS = {
     "on-dead": Setting("", "line", None, None, "a shell line, enqueued whenever a job dies"),
 }
 DEFAULT_SOCKET = "/tmp/queuectl.sock"
+CODE = sys._getframe().f_code   # this file, compiled; see shed_syntax_tree
 
 # ---- Time, ids and text -------------------------------------------------------------------------
 # The only place that reads a clock. Everything below takes `now`: milliseconds since 1970, UTC.
@@ -3248,6 +3249,29 @@ def open_store(db, known):
     return patiently(lambda: Store(db, known))
 
 
+LOADER = """import marshal, os, sys
+FROM_CODE, __file__, fd = True, sys.argv[2], int(sys.argv[1])
+del sys.argv[:2]
+with os.fdopen(fd, "rb") as file:
+    code = marshal.load(file)
+exec(code)"""
+
+
+def shed_syntax_tree():
+    """Start this very process anew from its compiled code: Python holds the syntax tree of its
+    main script, some 10 MiB, as long as that runs. Where it can't be, nothing is lost but that."""
+    import marshal
+    import tempfile
+    if __name__ != "__main__" or "FROM_CODE" in globals() or sys.flags.isolated:
+        return
+    with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
+        file.write(marshal.dumps(CODE))
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
+        os.execv(sys.executable, [sys.executable, "-c", LOADER, str(file.fileno()),
+                                  os.path.abspath(__file__)] + sys.argv[1:])
+
+
 class Daemon:
     """Serves the queue `db` until it is stopped. `sock`: where; `sock_given`: there or not at
     all; `workers`: wanted from now on, None: as stored; `grace`: s, see `stop`.
@@ -4480,6 +4504,8 @@ def cmd_daemon(queue, args):
         options = [] if args.workers is None else ["--workers", str(args.workers)]
         tell(start_in_background(place, *options))
         return None
+    if args.only is None:
+        shed_syntax_tree()
     grace = None if args.grace is None else args.grace / 1000.0
     kind = {} if args.only is None else {"kind": "run", "only": [args.only]}
     daemon = Daemon(place.db, place.socket, sock_given=place.socket_given, grace=grace,
