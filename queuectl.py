@@ -106,6 +106,7 @@ PURGE = 500                     # jobs deleted in one transaction
 PAGE_OUTPUT = 256 << 10         # output travels in pieces of so many bytes
 MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
 LOOKED_AT = 20000               # jobs that `check` looks at, some 20 ms
+LOW_DISK = 64 << 20             # bytes free below which `doctor` warns
 MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to before it is cut
 
 GRACE_S = 2.0                   # from SIGTERM to SIGKILL
@@ -1584,6 +1585,46 @@ def back_up(path, target):
         raise
     finally:
         os.close(fd)
+
+
+def sqlite_version():
+    import sqlite3
+    return sqlite3.sqlite_version_info
+
+
+def inspect(path):
+    """What the database at `path` says of itself, which is left as it is: its schema's number and
+    its identity (None: unreadable), what it lacks of the schema, what is damaged ("" if nothing)."""
+    found = {"schema": None, "identity": None, "lacks": [], "damage": ""}
+    if not os.path.exists(path):
+        return found
+    quiet, before = not os.path.exists(path + "-wal"), os.stat(path)
+    try:
+        # Of a database that nobody has open SQLite would make a -wal; 3.7.17 still does.
+        with beside(path, mode="ro&immutable=1" if quiet else "ro") as connection:
+            def run(sql):
+                return [row[0] for row in connection.execute(sql).fetchall()]
+            found["schema"] = run("PRAGMA source.user_version")[0]
+            if found["schema"] == len(MIGRATIONS):
+                names = "SELECT name FROM %ssqlite_master"
+                with contextlib.closing(Store(":memory:")) as fresh:
+                    wanted = {row[0] for row in fresh.query(names % "")}
+                found["lacks"] = sorted(wanted - set(run(names % "source.")))
+                # With the table's name: else SQLite takes an unknown "column" for a text.
+                run("SELECT %s FROM source.jobs LIMIT 0" % ", ".join(
+                    'jobs."%s"' % name for name in Job._fields))
+            if 0 < found["schema"] <= len(MIGRATIONS):
+                found["identity"] = run("SELECT value FROM source.meta WHERE key = 'identity'")[0]
+            damage = ", ".join(run("PRAGMA source.integrity_check(3)"))
+            if damage != "ok":
+                found["damage"] = ("%s; stop the daemon and restore a backup, or save what is left"
+                                   " with: sqlite3 %s .recover" % (safe(damage), safe(path)))
+    except (StorageError, IndexError) as error:
+        found["damage"] = str(error)
+    if quiet and (os.path.exists(path + "-wal")
+                  or os.stat(path).st_mtime_ns != before.st_mtime_ns):
+        return inspect(path)  # someone used it meanwhile
+    return found
 
 
 # ---- Running a command --------------------------------------------------------------------------
@@ -4020,6 +4061,152 @@ def start_in_background(place, *options):
         raise Failure("the daemon did not start: %s" % safe(lines[-1]))
 
 
+# What `doctor` looks at. Each returns what it saw, or raises a Failure: "what is wrong; the way out".
+
+def look_at_sqlite(version):
+    text = ".".join(map(str, version))
+    if version < (3, 7, 17):
+        raise Failure("%s is too old; use a Python with SQLite 3.7.17 or newer" % text)
+    mended = any(fixed <= version < end for fixed, end in (
+        ((3, 44, 6), (3, 45)), ((3, 50, 7), (3, 51)), ((3, 51, 3), (4,))))
+    return text if mended else (
+        text + ", has the WAL-reset bug (fixed in 3.44.6, 3.50.7, 3.51.3): it takes two programs that"
+        " write at once, so only other programs' writes could trigger it")
+
+
+def look_at_queue(queue):
+    other = queue.other_queue()
+    if other:
+        raise Failure(other)
+    return "%s (%s)" % (queue.place.db, "given" if queue.place.db_given else "the default")
+
+
+def look_at_folder(folder):
+    check_folder(folder)
+    status = os.stat(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Failure("%s can't be written; run: chmod u+rwx %s" % (safe(folder), safe(folder)))
+    if others_can_write(status) and not status.st_mode & stat.S_ISVTX:
+        raise Failure("%s can be written by others; run: chmod go-w %s"
+                      % (safe(folder), safe(folder)))
+    return folder
+
+
+def look_at_disk(folder):
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    if free < LOW_DISK or room.f_files and not room.f_favail:
+        raise Failure("only %d MiB and %d inodes are free for %s; free some, or use another --db"
+                      % (free >> 20, room.f_favail, safe(folder)))
+    return "%d MiB free" % (free >> 20)
+
+
+def look_at_file(path, wanted):
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return "not there now"
+    if wanted == 0o600:
+        check_regular(path, status)
+    elif not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise Failure("%s is not a directory of yours; move it away" % safe(path))
+    if stat.S_IMODE(status.st_mode) != wanted:
+        raise Failure("%s has mode %04o; run: chmod %o %s" % (
+            safe(path), stat.S_IMODE(status.st_mode), wanted, safe(path)))
+    return path
+
+
+def look_at_lock(path, holder):
+    if not is_locked(path):
+        return "free: no daemon runs"
+    if type(holder.get("pid")) is not int or not process_start(holder["pid"]):
+        raise Failure("%s is held by %s, not by the daemon it names; end that process" % (
+            safe(path), " ".join("pid %d" % pid for pid in holders(path)) or "an unknown process"))
+    return "held by a %s, pid %d" % (holder.get("kind"), holder["pid"])
+
+
+def look_at_socket(path, given, served):
+    state = knock(path)
+    if served and state != "live":
+        raise Failure("nobody listens at %s, though a daemon holds the lock; restart it: daemon stop,"
+                      " worker start" % safe(path))
+    if state == "stale":
+        raise Failure("%s was left by a daemon that died; start one, which replaces it, or run: rm %s"
+                      % (safe(path), safe(path)))
+    if given and not served and state:
+        raise Failure("%s is not a socket of this queue; give another --socket" % safe(path))
+    if served and os.stat(path).st_mode & 0o077:
+        raise Failure("%s is open to others; run: chmod 600 %s" % (safe(path), safe(path)))
+    return "%s: %s" % (path, state or "nothing there")
+
+
+def look_at_daemon(db, path):
+    if path is None:
+        return "none runs"
+    about = ask(path, {"command": "daemon", "option": "status", "db": db}, 5).get("message")
+    if not isinstance(about, dict) or about.get("version") != VERSION:
+        raise Failure("the daemon at %s is of another version: %s; restart it: daemon stop, worker"
+                      " start" % (safe(path), safe(str(about))))
+    return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
+
+
+def look_at_schema(db, found, known):
+    number = found["schema"]
+    if number is not None and not 0 <= number <= len(MIGRATIONS):
+        raise Failure("%s has schema %d, and queuectl %s knows %d; use the newer one that made it"
+                      % (safe(db), number, VERSION, len(MIGRATIONS)))
+    if found["lacks"]:
+        raise Failure("%s lacks %s: another program changed it; restore a backup"
+                      % (safe(db), ", ".join(found["lacks"])))
+    if known and found["identity"] != known and not found["damage"]:
+        raise Failure("%s is not the database that %s.lock remembers; restore that one, or remove"
+                      " the lock file if this is meant" % (safe(db), safe(db)))
+    return "schema %s of %d" % (number, len(MIGRATIONS))
+
+
+def look_at_integrity(damage):
+    if damage:
+        raise Failure(damage)
+    return "ok"
+
+
+def diagnose(queue, db):
+    """What `doctor` finds: [{"check", "ok", "detail", "advice"}]. Nothing is made or changed."""
+    findings, place, holder = [], queue.place, {}
+
+    def look(check, function, *args):
+        try:
+            detail, ok, advice = function(*args), True, ""
+        except (Failure, OSError) as error:
+            ok, (detail, _, advice) = False, str(error).partition("; ")
+            advice = advice or "see %s.log" % safe(db)
+        findings.append({"check": check, "ok": ok, "detail": detail, "advice": advice})
+
+    look("queuectl", lambda: "%s, %s" % (VERSION, os.path.abspath(__file__)))
+    look("python", lambda: "%s, %s" % (sys.version.split()[0], sys.executable))
+    look("sqlite", look_at_sqlite, sqlite_version())
+    look("queue", look_at_queue, queue)
+    folder = os.path.dirname(db)
+    while not place.db_given and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)  # made when it is needed
+    look("directory", look_at_folder, folder)
+    look("file system", lambda: check_database(folder + "/-") or file_system(folder) or "unknown")
+    look("disk", look_at_disk, folder)
+    for name in ("", "-wal", "-shm", ".lock", ".log", "-run"):
+        look("file DB" + name, look_at_file, db + name, 0o700 if name == "-run" else 0o600)
+    if os.path.isfile(db + ".lock"):
+        with contextlib.suppress(OSError), open(db + ".lock", "rb") as file:
+            holder = unpad(file.read(LOCK_BYTES))
+    look("lock", look_at_lock, db + ".lock", holder)
+    path = holder.get("socket") if findings[-1]["ok"] and is_locked(db + ".lock") else None
+    look("socket", look_at_socket, path or place.socket, place.socket_given, path is not None)
+    look("daemon", look_at_daemon, db, path)
+    found = inspect(db)
+    look("schema", look_at_schema, db, found, holder.get("identity"))
+    look("integrity", look_at_integrity, found["damage"])
+    return findings
+
+
 # ---- Output -------------------------------------------------------------------------------------
 # What users see: results as JSON, on stdout; the rest is for people, on stderr.
 
@@ -5002,6 +5189,18 @@ def cmd_backup(queue, args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half of it is left
     count = back_up(path, os.path.abspath(args.file))
     printed(compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file))))
+
+
+@subcommand("doctor", examples=("doctor", "--db /srv/q.db doctor"))
+def cmd_doctor(queue, args):
+    """Look for what is or will be wrong, and say what to do about it. Nothing is changed. Exit 0
+    if all is well, 1 if not."""
+    findings = diagnose(queue, queue.database())
+    printed(indented(findings))
+    wrong = [finding for finding in findings if not finding["ok"]]
+    for finding in wrong:
+        tell("%(check)s: %(detail)s; %(advice)s" % finding)
+    return int(bool(wrong))
 
 
 # ---- Main ---------------------------------------------------------------------------------------

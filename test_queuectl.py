@@ -17,6 +17,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -3348,6 +3349,174 @@ sys.exit(queuectl.main(sys.argv[1:]))"""
         self.assertEqual(self.ok("backup", self.copy)["message"][:15], "Backed up 1 job")
         self.env["SOCKET_PATH"] = self.path("none")
         self.assertIn("no daemon at", self.refused("backup", self.copy + "2"))
+
+
+class DoctorTest(QueueCase):
+    """Each thing that can be wrong, found and told with the way out."""
+
+    def doctor(self, *args):
+        """{check: finding}; whether all is well stands in the exit status and on stderr too."""
+        code, out, err = self.cli("doctor", *args)
+        findings = json.loads(out)
+        wrong = [finding for finding in findings if not finding["ok"]]
+        self.assertEqual(code, int(bool(wrong)), err)
+        self.assertEqual(err, "".join("%(check)s: %(detail)s; %(advice)s\n" % one for one in wrong))
+        self.assertTrue(all(bool(one["advice"]) != one["ok"] for one in findings), findings)
+        return {finding["check"]: finding for finding in findings}
+
+    def wrong(self, *args):
+        """{check: "what is wrong; the way out"}"""
+        return {name: "%(detail)s; %(advice)s" % one for name, one in self.doctor(*args).items()
+                if not one["ok"]}
+
+    def finds(self, check, *words):
+        wrong = self.wrong()
+        self.assertEqual(list(wrong), [check])
+        for word in words:
+            self.assertIn(word, wrong[check])
+
+    def files(self):
+        """All that is there, to the byte."""
+        return {name: (read(self.path(name)) if os.path.isfile(self.path(name)) else None,
+                       os.lstat(self.path(name)).st_mtime) for name in os.listdir(self.dir)
+                if not name.endswith("-shm")}
+
+    def test_a_sound_queue_is_left_as_it_is_with_a_daemon_and_without(self):
+        found = self.doctor()
+        self.assertEqual((found["integrity"]["ok"], os.listdir(self.dir)), (True, []))
+        self.enqueue("true")
+        before = self.files()
+        self.assertEqual(self.wrong(), {})
+        if queuectl.sqlite_version() > (3, 8, 10):  # the older can't open it immutable
+            self.assertEqual(self.files(), before)
+        daemon = self.daemon("--workers", "1")
+        self.wait_for("completed")
+        before = os.listdir(self.dir)
+        found = self.doctor()
+        self.assertEqual([name for name, one in found.items() if not one["ok"]], [])
+        self.assertEqual(os.listdir(self.dir), before)
+        self.assertIn("held by a daemon, pid %d" % daemon.pid, found["lock"]["detail"])
+        self.assertRegex(found["daemon"]["detail"], "pid %d, .*1 of 1 workers" % daemon.pid)
+        del self.env["DB_PATH"]
+        self.assertIn(self.db, self.doctor()["file DB"]["detail"])
+
+    def test_versions_are_judged(self):
+        for version, words in (((3, 7, 17), "bug"), ((3, 40, 1), "bug"), ((3, 44, 5), "bug"),
+                               ((3, 44, 6), None), ((3, 45, 0), "bug"), ((3, 50, 6), "bug"),
+                               ((3, 50, 7), None), ((3, 51, 2), "bug"), ((3, 51, 3), None),
+                               ((3, 52, 0), None)):
+            with self.subTest(version=version):
+                self.assertEqual("bug" in queuectl.look_at_sqlite(version), bool(words))
+        with mock.patch("queuectl.sqlite_version", return_value=(3, 7, 16)):
+            self.finds("sqlite", "3.7.16 is too old", "3.7.17 or newer")
+        daemon = self.daemon()
+        with mock.patch("queuectl.VERSION", "0.9"):
+            self.finds("daemon", "another version", "restart it")
+        self.kill(daemon)
+
+    def test_modes_owners_and_planted_files_are_found(self):
+        self.kill(self.daemon())
+        os.unlink(self.sock)
+        for name, path, mode in (("file DB", self.db, 0o644), ("file DB-wal", self.db + "-wal", 0o666),
+                                 ("file DB.lock", self.db + ".lock", 0o640),
+                                 ("file DB.log", self.db + ".log", 0o604),
+                                 ("file DB-run", self.db + "-run", 0o755),
+                                 ("file DB", self.db, 0o400)):
+            good = stat.S_IMODE(os.stat(path).st_mode)
+            os.chmod(path, mode)
+            self.finds(name, "has mode %04o" % mode, "run: chmod %o %s" % (good, path))
+            os.chmod(path, good)
+        with mock.patch("os.geteuid", return_value=os.geteuid() + 1):
+            wrong = self.wrong()
+        for name in ("file DB", "file DB.lock", "file DB.log", "file DB-run"):
+            self.assertIn("move it away" if name == "file DB-run" else "belongs to another user",
+                          wrong[name])
+        os.rename(self.db + ".lock", self.path("real"))
+        for plant, words in ((os.symlink, "not a regular file"), (os.link, "hard link")):
+            plant(self.path("real"), self.db + ".lock")
+            self.assertIn(words, self.wrong()["file DB.lock"])
+            os.unlink(self.db + ".lock")
+        os.mkfifo(self.db + ".lock")
+        self.assertIn("move it away", self.wrong()["file DB.lock"])
+
+    def test_places_where_no_queue_should_be_are_found(self):
+        self.enqueue("true")
+        with mock.patch("queuectl.file_system", return_value="nfs4"):
+            self.finds("file system", "network file system (nfs4)", "--db on a local disk")
+        room = os.statvfs(self.dir)
+        for values in ({"f_bavail": 10, "f_frsize": 4096}, {"f_favail": 0}):
+            full = mock.Mock(**dict({name: getattr(room, name) for name in (
+                "f_bavail", "f_frsize", "f_files", "f_favail")}, **values))
+            if full.f_files:
+                with mock.patch("os.statvfs", return_value=full):
+                    self.finds("disk", "are free for " + self.dir, "free some")
+        os.chmod(self.dir, 0o777)
+        self.finds("directory", "can be written by others")
+        os.chmod(self.dir, 0o700)
+        with mock.patch("os.access", return_value=False):
+            self.finds("directory", "chmod u+rwx")
+        self.assertIn("no directory", self.wrong("--db", self.path("none/q.db"))["directory"])
+
+    def test_a_stale_socket_and_a_lock_that_nobody_answers_for_are_found(self):
+        daemon = self.daemon()
+        os.chmod(self.sock, 0o666)
+        self.finds("socket", "open to others", "chmod 600")
+        os.kill(daemon.pid, signal.SIGSTOP)
+        os.unlink(self.sock)
+        wrong = self.wrong()
+        self.assertIn("nobody listens at", wrong["socket"])
+        self.assertIn("nobody answers at", wrong["daemon"])
+        self.kill(daemon)
+        self.kill(self.daemon())
+        self.finds("socket", "left by a daemon that died", "rm " + self.sock)
+        os.unlink(self.sock)
+        open(self.sock, "w").close()
+        self.finds("socket", "not a socket of this queue", "another --socket")
+        os.unlink(self.sock)
+        with open(self.db + ".lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.finds("lock", "not by the daemon it names", "end that process")
+            lock.write(queuectl.pad({"pid": "x", "socket": 5}, 1024).decode())
+            lock.flush()
+            self.finds("lock", "an unknown process")
+
+    def test_a_damaged_a_strange_and_a_lost_database_are_found(self):
+        self.ok("enqueue", "-", stdin='{"command":"true"}\n' * 500)
+        whole = read(self.db)
+
+        def put(data):
+            with open(self.db, "wb") as file:
+                file.write(data)
+            os.chmod(self.db, 0o600)
+        size = struct.unpack(">H", whole[16:18])[0]
+        put(whole[:size * 30] + b"\xff" * size + whole[size * 31:])
+        self.finds("integrity", "restore a backup", ".recover")
+        put(b"x" * 5000)
+        self.finds("integrity", "is not a database")
+        put(b"")
+        self.finds("schema", "not the database that", "remove the lock file if this is meant")
+        os.unlink(self.db)
+        self.finds("schema", "not the database that")
+        for sql, words in (("PRAGMA user_version = 99", "has schema 99"),
+                           ("PRAGMA user_version = -1", "has schema -1"),
+                           ("DROP INDEX jobs_due", "lacks jobs_due: another program"),
+                           ("DROP TABLE running", "lacks running, sqlite_auto"),
+                           ("UPDATE meta SET value = 'other'", "not the database that")):
+            put(whole)
+            self.rows(sql)
+            self.finds("schema", words)
+        put(whole)
+        with contextlib.closing(sqlite3.connect(self.db)) as connection, connection:
+            connection.execute("PRAGMA writable_schema = 1")
+            connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'exit_code', 'code')")
+        self.finds("integrity", "another program changed it", "no such column: jobs.exit_code")
+
+    def test_another_queue_behind_the_default_socket_is_found(self):
+        self.daemon()
+        with mock.patch("queuectl.DEFAULT_SOCKET", self.sock), \
+                mock.patch("queuectl.default_db", return_value=self.path("none/other.db")):
+            self.env.update(DB_PATH="", SOCKET_PATH="")
+            self.finds("queue", "serves " + self.db, "export DB_PATH=" + self.db)
 
 
 class HouseTest(unittest.TestCase):
