@@ -3275,6 +3275,16 @@ class Log:
             sys.stderr.flush()
 
 
+def notify(text):
+    """Tell systemd, where it started us and listens; never an error."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError, ValueError), \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(BUSY_S)
+            sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
+
+
 def patiently(action):
     """What `action()` returns, tried again while another program has the database locked."""
     deadline = monotonic() + REACH_S
@@ -3350,6 +3360,7 @@ class Daemon:
         self.stopping = False
         self.forced_at = None      # monotonic: running jobs are stopped then
         self.signals = []          # numbers that came
+        self.told = None           # the status that systemd shows
         self.clock = now_ms() - int(monotonic() * 1000)
 
     # -- start and end
@@ -3437,6 +3448,7 @@ class Daemon:
         """Serve until stopped; the exit status."""
         try:
             on_ready(self.start())
+            notify("READY=1")
             import gc
             gc.collect()
             if hasattr(gc, "freeze"):
@@ -3474,6 +3486,7 @@ class Daemon:
         grace = self.grace if grace is None else grace
         if not self.stopping:
             self.log("stopping")
+            notify("STOPPING=1")
             self.stopping = self.pool.uneven = True
         if grace is not None:
             self.forced_at = monotonic() + grace
@@ -3572,6 +3585,7 @@ class Daemon:
             self.store.read_settings()
             self.chores = self.store.has_chores(now_ms()) or self.commands > 0
             self.notice_clock()
+            self.tell_status()
         except Replaced:
             raise
         except StorageError as error:
@@ -3586,6 +3600,17 @@ class Daemon:
         if abs(offset - self.clock) > 1000:
             self.store.next_due = None
         self.clock = offset
+
+    def tell_status(self):
+        """Keep what `systemctl status` shows up to date."""
+        if "NOTIFY_SOCKET" in os.environ:
+            jobs = self.store.counts()
+            text = "STATUS=%s%s, %d jobs waiting, %d running, %d dead" % (
+                "Stopping: " if self.stopping else "", plural(self.pool.count(), "worker"),
+                jobs["pending"] + jobs["failed"], jobs["processing"], jobs["dead"])
+            if text != self.told:
+                self.told = text
+                notify(text)
 
     def reopen_socket(self):
         """Someone removed our socket: listen anew, unless another's is there."""
@@ -4375,6 +4400,51 @@ def judge(found, **limits):
     status = status or min(len(problems) - 1, 1)
     return status, "%s - %s | %s" % (("OK", "WARNING", "CRITICAL")[status], ", ".join(problems),
                                      " ".join(data))
+
+
+# grace is shorter than TimeoutStopSec, so that no job is left behind. OOMPolicy: a job that takes
+# all the memory must not end the others.
+UNIT = """\
+[Unit]
+Description=queuectl job queue
+RequiresMountsFor=%(folder)s
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=%(command)s daemon --grace 80s
+%(user)sKillMode=process
+TimeoutStopSec=90s
+Restart=on-failure
+RestartSec=5s
+OOMPolicy=continue
+
+[Install]
+WantedBy=%(target)s"""
+
+
+def unit_word(text, variables=True):
+    """`text` as one word of a unit; `variables`: where systemd replaces $NAME."""
+    text = text.replace("%", "%%").replace("$", "$$" if variables else "$")
+    if re.fullmatch(r"[\w./:@%$+=,-]+", text, re.ASCII):
+        return text
+    return '"%s"' % safe(text.replace("\\", "\\\\").replace('"', '\\"'))
+
+
+def systemd_unit(place, user):
+    """A unit for this very file, interpreter and queue; `user`: for a user's own systemd."""
+    words = [os.path.abspath(__file__), "--db", place.db]
+    if place.socket_given:
+        words += ["--socket", place.socket]
+    name = ""
+    if os.geteuid() and not user:
+        import pwd
+        name = "User=%s\n" % pwd.getpwuid(os.geteuid()).pw_name
+    program = unit_word(sys.executable or "/usr/bin/python3", variables=False)
+    return UNIT % {
+        "folder": unit_word(os.path.dirname(place.db), variables=False), "user": name,
+        "command": " ".join([program] + [unit_word(word) for word in words]),
+        "target": "default.target" if user else "multi-user.target"}
 
 
 def printed(text, end="\n", stream=None):
@@ -5201,6 +5271,18 @@ def cmd_doctor(queue, args):
     for finding in wrong:
         tell("%(check)s: %(detail)s; %(advice)s" % finding)
     return int(bool(wrong))
+
+
+@subcommand("systemd", arg("--user", action="store_true", help="for your own systemd instance"),
+         examples=("systemd | sudo tee /etc/systemd/system/queuectl.service",
+                   "systemd --user >~/.config/systemd/user/queuectl.service"))
+def cmd_systemd(queue, args):
+    """Print a systemd unit that serves this queue with this file. Jobs run as the user who asks,
+    and have 80 s to end when it is stopped."""
+    printed(systemd_unit(queue.place, args.user))
+    tell("save it as %s/queuectl.service, then: systemctl%s daemon-reload; systemctl%s enable --now"
+         " queuectl" % (("~/.config/systemd/user", " --user", " --user") if args.user
+                        else ("/etc/systemd/system", "", "")))
 
 
 # ---- Main ---------------------------------------------------------------------------------------

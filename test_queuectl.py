@@ -3519,6 +3519,104 @@ class DoctorTest(QueueCase):
             self.finds("queue", "serves " + self.db, "export DB_PATH=" + self.db)
 
 
+class InstallTest(QueueCase):
+    """Under systemd, and in the shell."""
+
+    def unit(self, *args):
+        """{section: {key: value}} of the unit printed."""
+        code, out, err = self.cli("systemd", *args)
+        self.assertEqual(code, 0)
+        self.assertIn("daemon-reload", err)
+        sections = re.split(r"^\[(\w+)\]\n", out, flags=re.M)[1:]
+        return {name: dict(line.split("=", 1) for line in text.split("\n") if line)
+                for name, text in zip(sections[::2], sections[1::2])}
+
+    def test_the_unit_serves_this_very_queue(self):
+        unit = self.unit()
+        service = unit["Service"]
+        self.assertEqual([service[key] for key in ("Type", "KillMode", "Restart", "NotifyAccess")],
+                         ["notify", "process", "on-failure", "main"])
+        self.assertEqual(unit["Install"]["WantedBy"], "multi-user.target")
+        command = service["ExecStart"].split(" ")
+        self.assertEqual(command[1:-3], [SCRIPT, "--db", self.db, "--socket", self.sock])
+        self.assertEqual(command[-3:-1], ["daemon", "--grace"])
+        grace, patience = (queuectl.parse_duration(text)
+                           for text in (command[-1], service["TimeoutStopSec"]))
+        self.assertLess(grace + 1000 * queuectl.GRACE_S, patience)
+        with mock.patch("os.geteuid", return_value=1):
+            self.assertEqual(self.unit()["Service"]["User"], "daemon")
+            unit = self.unit("--user")
+        self.assertEqual((unit["Install"]["WantedBy"], "User" in unit["Service"]),
+                         ("default.target", False))
+        del self.env["SOCKET_PATH"]
+        self.assertNotIn("--socket", self.unit()["Service"]["ExecStart"])
+
+    def test_the_words_of_a_unit_are_quoted_as_systemd_wants(self):
+        for word, quoted in (("/a/b-1.db", "/a/b-1.db"), ("/50%", "/50%%"), ("/a b", '"/a b"'),
+                             ("/$HOME", "/$$HOME"), ('/a"b', '"/a\\"b"'),
+                             ("/a\\b", '"/a\\\\b"'), ("/a\nb", '"/a\\nb"'),
+                             ("/\u00e9;'", "\"/\u00e9;'\"")):
+            with self.subTest(word=word):
+                self.assertEqual(queuectl.unit_word(word), quoted)
+        self.assertEqual(queuectl.unit_word("/$A", variables=False), "/$A")
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "needs systemd-analyze")
+    def test_systemd_accepts_the_unit(self):
+        for name in ("plain", "odd %n$HOME \"q\" \\back; 'x' \u00e9"):
+            folder = self.path(name)
+            os.mkdir(folder)
+            script = shutil.copy(SCRIPT, folder)
+            with open(self.path("queuectl.service"), "wb") as file:
+                subprocess.check_call(
+                    [sys.executable, script, "--db", folder + "/q.db", "systemd"],
+                    env=self.env, stdout=file, stderr=subprocess.DEVNULL)
+            verify = subprocess.Popen(["systemd-analyze", "verify", file.name],
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            out, _ = verify.communicate()
+            self.assertEqual((verify.returncode, [line for line in out.splitlines()
+                                                  if b"queuectl" in line]), (0, []))
+
+    def manager(self, address):
+        """A daemon and a function that waits until it has told that; it returns all it told."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(sock.close)
+        sock.settimeout(30)
+        sock.bind(address.replace("@", "\0", 1))
+        told = []
+
+        def hears(words):
+            while words not in told:
+                told.append(sock.recv(4096).decode())
+            return told
+        self.env["NOTIFY_SOCKET"] = address
+        return self.daemon("--workers", "1"), hears
+
+    def test_the_daemon_tells_systemd_how_it_is(self):
+        daemon, hears = self.manager(self.path("notify"))
+        hears("READY=1")
+        self.enqueue(self.gate())
+        hears("STATUS=1 worker, 0 jobs waiting, 1 running, 0 dead")
+        daemon.terminate()
+        hears("STOPPING=1")
+        told = hears("STATUS=Stopping: 1 worker, 0 jobs waiting, 1 running, 0 dead")
+        self.open_gate()
+        self.assertEqual(daemon.wait(), 0)
+        self.assertEqual(len(told), len(set(told)))  # nothing is told twice
+
+    @unittest.skipUnless(sys.platform.startswith("linux"), "needs abstract sockets")
+    def test_an_abstract_notify_socket_is_found(self):
+        _, hears = self.manager("@" + self.path("abstract"))
+        hears("READY=1")
+
+    def test_a_notify_socket_that_leads_nowhere_harms_nothing(self):
+        for address in ("", "@", "nonsense", "/none/here", "x" * 300, "/dev/null"):
+            with mock.patch.dict(os.environ, NOTIFY_SOCKET=address):
+                queuectl.notify("READY=1")
+        self.env["NOTIFY_SOCKET"] = "/none/here"
+        self.daemon()
+        self.assertEqual(self.ok("daemon", "stop")["success"], True)
+
+
 class HouseTest(unittest.TestCase):
     """The order of the file, as its docstring promises it."""
 
