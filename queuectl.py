@@ -4447,6 +4447,126 @@ def systemd_unit(place, user):
         "target": "default.target" if user else "multi-user.target"}
 
 
+# A completion script for each shell: the form of a word, of a row of words for what was typed, and
+# the script around the rows. All do the same: find the command (`at`) and the flag before the
+# cursor (`prev`); offer the values of that flag, else flags after a -, else what follows the
+# command, else files.
+SHELLS = {
+    "bash": ("%s", "    %s) echo %s ;;", """\
+_queuectl_words() {
+    case "$1" in
+ROWS
+    *) return 1 ;;
+    esac
+}
+
+_queuectl() {
+    local cur=${COMP_WORDS[COMP_CWORD]} at= prev= word words
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        [[ $word == = ]] && continue
+        [[ $prev == --db || $prev == --socket ]] && prev= && continue
+        prev=$word
+        [[ $word != -* ]] && _queuectl_words "$at${at:+ }$word" >/dev/null && at+=${at:+ }$word
+    done
+    [[ $prev == --db || $prev == --socket ]] && return
+    [[ $cur == = ]] && cur=
+    words=$(_queuectl_words "$at $prev") \\
+        || { [[ $cur == -* ]] && words=$(_queuectl_words "$at -"); } \\
+        || words=$(_queuectl_words "$at")
+    COMPREPLY=($(compgen -W "$words" -- "$cur"))
+}
+
+complete -o default -F _queuectl queuectl queuectl.py"""),
+    "zsh": ("%s:%s", "    %s) reply=(%s) ;;", """\
+#compdef queuectl queuectl.py
+_queuectl_words() {
+    case "$1" in
+ROWS
+    *) return 1 ;;
+    esac
+}
+
+_queuectl() {
+    local at= prev= word cur=$words[CURRENT]
+    local -a reply
+    for word in "${(@)words[2,CURRENT-1]}"; do
+        [[ $prev == --db || $prev == --socket ]] && prev= && continue
+        prev=$word
+        [[ $word != -* ]] && _queuectl_words "$at${at:+ }$word" && at+=${at:+ }$word
+    done
+    [[ $cur == --*=* ]] && prev=${cur%%=*} && compset -P "*="
+    [[ $prev == --db || $prev == --socket ]] && _files && return
+    reply=()
+    _queuectl_words "$at $prev" || { [[ $cur == -* ]] && _queuectl_words "$at -" } \\
+        || _queuectl_words "$at"
+    (( $#reply )) && _describe queuectl reply || _files
+}
+
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _queuectl "$@"
+else compdef _queuectl queuectl queuectl.py; fi"""),
+    "fish": ("%s\t%s", "    case %s\n        string join \\n -- %s", """\
+function __queuectl_words
+    switch "$argv[1]"
+ROWS
+    case '*'
+        return 1
+    end
+    return 0
+end
+
+function __queuectl
+    set -l at ''
+    set -l prev ''
+    set -l words (commandline -opc)
+    set -l cur (commandline -ct)
+    set -e words[1]
+    for word in $words
+        if contains -- $prev --db --socket
+            set prev ''
+            continue
+        end
+        set prev $word
+        set -l next (string trim -- "$at $word")
+        if not string match -q -- '-*' $word; and __queuectl_words $next >/dev/null
+            set at $next
+        end
+    end
+    set -l head (string match -r -- '^--[^=]+=' $cur)
+    and set prev (string replace = '' -- $head)
+    or set head ''
+    set words
+    if not contains -- $prev --db --socket
+        set words (__queuectl_words "$at $prev")
+        or begin
+            string match -q -- '-*' $cur
+            and set words (__queuectl_words "$at -")
+        end
+        or set words (__queuectl_words $at)
+    end
+    string join \\n -- $head$words
+    or set -q words[1]
+    or __fish_complete_path $cur
+end
+
+complete -c queuectl -f -a '(__queuectl)'
+complete -c queuectl.py -f -a '(__queuectl)'"""),
+}
+
+
+def completion_script(shell, table):
+    """The script for `shell`; table: {what was typed: [(word, what it is)]}."""
+    form, row, script = SHELLS[shell]
+    rows = []
+    for typed, words in sorted(table.items()):
+        if shell == "bash":
+            offered = shell_quote(" ".join(word for word, _ in words))
+        else:
+            offered = " ".join(shell_quote(form % (word, about) if about else word)
+                               for word, about in words)
+        rows.append(row % (shell_quote(typed), offered))
+    return script.replace("ROWS", "\n".join(rows), 1)
+
+
 def printed(text, end="\n", stream=None):
     """Write and flush, so that a full disk or a closed pipe shows here."""
     stream = stream or sys.stdout
@@ -5234,8 +5354,8 @@ def cmd_metrics(queue, args):
          arg("--within", type=duration_flag, metavar="DUR", help="not longer ago than this"),
          examples=("check --max-dead 0 --max-age 10m", "check --completed backup- --within 26h"))
 def cmd_check(queue, args):
-    """Judge the queue as a monitoring plugin: one line, exit 0 OK, 1 WARNING (jobs wait and nobody
-    works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error)."""
+    """Judge the queue as a monitoring plugin. It says one line and exits 0 OK, 1 WARNING (jobs wait
+    and nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error)."""
     if (args.completed is None) != (args.within is None):
         raise Usage("--completed and --within go together; see: queuectl check --help")
     if (queue.place.db_given or not queue.place.socket_given) and queue.untouched():
@@ -5283,6 +5403,42 @@ def cmd_systemd(queue, args):
     tell("save it as %s/queuectl.service, then: systemctl%s daemon-reload; systemctl%s enable --now"
          " queuectl" % (("~/.config/systemd/user", " --user", " --user") if args.user
                         else ("/etc/systemd/system", "", "")))
+
+
+def completions():
+    """{what was typed: [(word, what it is)]} of all commands. After `COMMAND -` there are flags,
+    after `COMMAND --flag` its values, none where they can't be known."""
+    table = collections.defaultdict(list)
+    common = [("--db", "the queue's database"), ("--socket", "the daemon's socket"),
+              ("--help", "show help")]
+    settings = [(key, setting.about) for key, setting in SETTINGS.items()]
+    table[" -"] = common + [("--version", "show the version")]
+    for name, (function, arguments, _) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        table[group].append((last, " ".join(function.__doc__.split()).partition(". ")[0].rstrip(".")))
+        if group and group not in dict(table[""]):
+            table[""].append((group, ""))
+        table.setdefault(group + " -", common)
+        table[name + " -"] = common[:]
+        for names, options in arguments:
+            values = [(str(value), "") for value in options.get("choices", ())]
+            if names[0][0] != "-":
+                table[name] += settings if names[0] == "key" else values
+                continue
+            table[name + " -"] += [(flag, options.get("help", "")) for flag in names]
+            for flag in names if "action" not in options else ():
+                table[name + " " + flag] = values
+    for name in COMMANDS:
+        table.setdefault(name, table[name + " -"])
+    return table
+
+
+@subcommand("completion", arg("shell", choices=sorted(SHELLS), help="the shell to complete in"),
+         examples=("completion bash >~/.local/share/bash-completion/completions/queuectl",
+                   "completion fish >~/.config/fish/completions/queuectl.fish"))
+def cmd_completion(queue, args):
+    """Print what makes Tab complete commands, flags, states and settings."""
+    printed(completion_script(args.shell, completions()))
 
 
 # ---- Main ---------------------------------------------------------------------------------------

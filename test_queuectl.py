@@ -3616,6 +3616,71 @@ class InstallTest(QueueCase):
         self.daemon()
         self.assertEqual(self.ok("daemon", "stop")["success"], True)
 
+    LINES = (  # what stands before the cursor -> what is offered, "": files
+        ("dl", "dlq"), ("dlq ", "list retry"), ("dlq r", "retry"),
+        ("list --state ", "pending processing completed failed dead"), ("list --state d", "dead"),
+        ("--db x.db list --st", "--state"), ("--db ", ""), ("--socket list --db x dlq r", "retry"),
+        ("config get ji", "jitter"), ("config set ", " ".join(queuectl.SETTINGS)),
+        ("completion ", "bash fish zsh"), ("metrics --format p", "prometheus"), ("backup ", ""),
+        ("backup --h", "--help"), ("daemon ", "stop status"), ("daemon --gr", "--grace"),
+        ("worker start --count ", ""), ("worker start --count 2 --c", "--count"),
+        ("check --max-", "--max-pending --max-dead --max-age"), ("--v", "--version"))
+
+    def test_completion_knows_every_command_and_every_flag_by_itself(self):
+        new = {"frob now": (lambda queue, args: None, (
+            queuectl.arg("--colour", choices=("red", "blue")), queuectl.arg("--env", action="append"),
+            queuectl.arg("what", choices=(1, 2))), ("frob now",))}
+        new["frob now"][0].__doc__ = "Frob it. At once."
+        with mock.patch.dict(queuectl.COMMANDS, new):
+            table = queuectl.completions()
+        for name, (_, arguments, _) in list(queuectl.COMMANDS.items()) + list(new.items()):
+            group, _, last = name.rpartition(" ")
+            self.assertIn(last, dict(table[group]))
+            for names, _ in arguments:
+                self.assertEqual([one for one in names if one[0] == "-"
+                                  and one not in dict(table[name + " -"])], [])
+        self.assertEqual(dict(table[""])["frob"], "")
+        self.assertEqual(table["frob"], [("now", "Frob it")])
+        self.assertEqual(table["frob now"], [("1", ""), ("2", "")])
+        self.assertEqual(table["frob now --colour"], [("red", ""), ("blue", "")])
+
+    def script(self, shell):
+        code, out, _ = self.cli("completion", shell)
+        self.assertEqual(code, 0)
+        with open(self.path("script"), "w") as file:
+            file.write(out)
+        if shutil.which(shell):
+            subprocess.check_call([shell, "-n", file.name])
+        return file.name
+
+    @unittest.skipUnless(shutil.which("bash"), "needs bash")
+    def test_completion_in_bash(self):
+        lines = self.LINES + (("list --state = de", "dead"), ("list --state =", "pending processing"
+                                                               " completed failed dead"))
+        out = subprocess.check_output(["bash", "-c", """. "$0"
+            for line; do
+                read -ra COMP_WORDS <<<"queuectl ${line}x"
+                COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+                COMP_WORDS[COMP_CWORD]=${COMP_WORDS[COMP_CWORD]%x}
+                COMPREPLY=(); _queuectl; echo "${COMPREPLY[*]}"
+            done"""] + [self.script("bash")] + [line for line, _ in lines])
+        self.assertEqual(list(zip((line for line, _ in lines), out.decode().split("\n"))), list(lines))
+
+    @unittest.skipUnless(shutil.which("fish"), "needs fish")
+    def test_completion_in_fish(self):
+        os.mkdir(self.path("empty"))
+        out = subprocess.check_output(
+            ["fish", "-c", "source $argv[1]; for line in $argv[2..-1]; complete -C \"queuectl $line\";"
+             " echo END; end", self.script("fish")] + [line for line, _ in self.LINES],
+            cwd=self.path("empty"), env=dict(self.env, HOME=self.path("empty")))
+        for (line, offered), told in zip(self.LINES, out.decode().split("END\n")):
+            self.assertEqual({one.split("\t")[0] for one in told.splitlines()},
+                             set(offered.split()), line)
+
+    def test_completion_in_zsh_parses_and_unknown_shells_are_refused(self):
+        self.assertIn("#compdef queuectl", read(self.script("zsh")).decode())
+        self.assertIn("bash", self.refused("completion", "tcsh", status=2))
+
 
 class HouseTest(unittest.TestCase):
     """The order of the file, as its docstring promises it."""
