@@ -3448,7 +3448,8 @@ class Daemon:
         """Serve until stopped; the exit status."""
         try:
             on_ready(self.start())
-            notify("READY=1")
+            if self.kind == "daemon":
+                notify("READY=1")
             import gc
             gc.collect()
             if hasattr(gc, "freeze"):
@@ -5421,6 +5422,8 @@ def completions():
         table.setdefault(group + " -", common)
         table[name + " -"] = common[:]
         for names, options in arguments:
+            if options.get("help") == argparse.SUPPRESS:
+                continue
             values = [(str(value), "") for value in options.get("choices", ())]
             if names[0][0] != "-":
                 table[name] += settings if names[0] == "key" else values

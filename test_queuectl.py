@@ -1,4 +1,5 @@
 """Tests of queuectl, cheapest first. `make test T=StoreTest` runs one class."""
+import argparse
 import ast
 import collections
 import contextlib
@@ -3636,9 +3637,10 @@ class InstallTest(QueueCase):
         for name, (_, arguments, _) in list(queuectl.COMMANDS.items()) + list(new.items()):
             group, _, last = name.rpartition(" ")
             self.assertIn(last, dict(table[group]))
-            for names, _ in arguments:
+            for names, options in arguments:
+                hidden = options.get("help") == argparse.SUPPRESS
                 self.assertEqual([one for one in names if one[0] == "-"
-                                  and one not in dict(table[name + " -"])], [])
+                                  and (one in dict(table[name + " -"])) is hidden], [])
         self.assertEqual(dict(table[""])["frob"], "")
         self.assertEqual(table["frob"], [("now", "Frob it")])
         self.assertEqual(table["frob now"], [("1", ""), ("2", "")])
