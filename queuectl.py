@@ -1538,9 +1538,8 @@ def copy_database(path, target):
     number of jobs. Rows keep their order; indexes and triggers come when all rows are there."""
     # Not Connection.backup: 3.6 has none.
     with beside(path, target) as connection:
-        def run(sql, *names):
-            quoted = ['"%s"' % name.replace('"', '""') for name in names]
-            return connection.execute(sql % tuple(quoted) if names else sql).fetchall()
+        def run(sql):
+            return connection.execute(sql).fetchall()
 
         connection.set_progress_handler(lambda: None, 10000)  # or a signal would have to wait
         for name, value in (("page_size", run("PRAGMA source.page_size")[0][0]),
@@ -1557,8 +1556,9 @@ def copy_database(path, target):
                     run(sql)
             for name in tables if wanted == "table" else ():
                 if not name.startswith("sqlite_stat"):
-                    run("DELETE FROM main.%s", name)  # sqlite_sequence counted along
-                    run("INSERT INTO main.%s SELECT * FROM source.%s", name, name)
+                    name = name.replace('"', '""')
+                    run('DELETE FROM main."%s"' % name)  # sqlite_sequence counted along
+                    run('INSERT INTO main."%s" SELECT * FROM source."%s"' % (name, name))
         run("PRAGMA main.user_version = %d" % run("PRAGMA source.user_version")[0])
         run("COMMIT")
         if run("PRAGMA main.integrity_check") != [("ok",)]:
@@ -1593,38 +1593,37 @@ def sqlite_version():
 
 
 def inspect(path):
-    """What the database at `path` says of itself, which is left as it is: its schema's number and
-    its identity (None: unreadable), what it lacks of the schema, what is damaged ("" if nothing)."""
-    found = {"schema": None, "identity": None, "lacks": [], "damage": ""}
+    """(schema's number, identity, what is lacking of the schema, what is damaged) of the database
+    at `path`, which is left as it is; the first two None where they can't be read."""
+    schema, identity, lacks, damage = None, None, (), ""
     if not os.path.exists(path):
-        return found
-    quiet, before = not os.path.exists(path + "-wal"), os.stat(path)
+        return schema, identity, lacks, damage
+    quiet, before = not os.path.exists(path + "-wal"), os.stat(path).st_mtime_ns
     try:
         # Of a database that nobody has open SQLite would make a -wal; 3.7.17 still does.
         with beside(path, mode="ro&immutable=1" if quiet else "ro") as connection:
             def run(sql):
                 return [row[0] for row in connection.execute(sql).fetchall()]
-            found["schema"] = run("PRAGMA source.user_version")[0]
-            if found["schema"] == len(MIGRATIONS):
+            schema, = run("PRAGMA source.user_version")
+            if schema == len(MIGRATIONS):
                 names = "SELECT name FROM %ssqlite_master"
                 with contextlib.closing(Store(":memory:")) as fresh:
                     wanted = {row[0] for row in fresh.query(names % "")}
-                found["lacks"] = sorted(wanted - set(run(names % "source.")))
+                lacks = sorted(wanted - set(run(names % "source.")))
                 # With the table's name: else SQLite takes an unknown "column" for a text.
                 run("SELECT %s FROM source.jobs LIMIT 0" % ", ".join(
                     'jobs."%s"' % name for name in Job._fields))
-            if 0 < found["schema"] <= len(MIGRATIONS):
-                found["identity"] = run("SELECT value FROM source.meta WHERE key = 'identity'")[0]
-            damage = ", ".join(run("PRAGMA source.integrity_check(3)"))
-            if damage != "ok":
-                found["damage"] = ("%s; stop the daemon and restore a backup, or save what is left"
-                                   " with: sqlite3 %s .recover" % (safe(damage), safe(path)))
-    except (StorageError, IndexError) as error:
-        found["damage"] = str(error)
-    if quiet and (os.path.exists(path + "-wal")
-                  or os.stat(path).st_mtime_ns != before.st_mtime_ns):
+            if 0 < schema <= len(MIGRATIONS):
+                identity, = run("SELECT value FROM source.meta WHERE key = 'identity'")
+            lines = run("PRAGMA source.integrity_check(3)")
+            if lines != ["ok"]:
+                damage = ("%s; stop the daemon and restore a backup, or save what is left with:"
+                          " sqlite3 %s .recover" % (", ".join(lines), path))
+    except (StorageError, ValueError) as error:
+        damage = str(error)
+    if quiet and (os.path.exists(path + "-wal") or os.stat(path).st_mtime_ns != before):
         return inspect(path)  # someone used it meanwhile
-    return found
+    return schema, identity, lacks, damage
 
 
 # ---- Running a command --------------------------------------------------------------------------
@@ -3001,18 +3000,22 @@ def op_daemon_status(context):
 
 @operation("check", names=("prefix", "within"))
 def op_check(context, prefix=None, within=0):
-    """What `check` judges. waited_ms: of the job that has been ready longest; ended_ms: since the
-    last completion of a job whose id begins with `prefix`; None: there is none."""
+    """What `check` judges: numbers of jobs and workers; the age (s) of the job that has been ready
+    longest; if `prefix` is given, ended: s since the last completion of a job whose id begins so,
+    None if there is none."""
     store, daemon, now = context.store, context.daemon, context.now
-    began, ended = store.ready_since(now), None
+
+    def ago(ms):
+        """In seconds, rounded up, so that nothing over a limit looks as if it weren't."""
+        return None if ms is None else max(-((ms - now) // 1000), 0)
+    found = dict(store.counts(), **pause_note(context))
+    found.update(daemon=daemon is not None, age=ago(store.ready_since(now)) or 0,
+                 workers=daemon.pool.count() if daemon else 0)
     if prefix is not None:
-        since = now - checked("within", as_ms, within)
-        ended = store.completed_at(checked("prefix", as_id, prefix), iso(max(since, 0)))
-    return reply(dict({"jobs": store.counts(), "daemon": daemon is not None,
-                       "workers": daemon.pool.count() if daemon else 0,
-                       "waited_ms": began and max(now - began, 0),
-                       "ended_ms": ended and max(now - parse_date(ended), 0)},
-                      **pause_note(context)))
+        since = max(now - checked("within", as_ms, within), 0)
+        ended = store.completed_at(checked("prefix", as_id, prefix), iso(since))
+        found["ended"] = ago(ended and parse_date(ended))
+    return reply(found)
 
 
 def record_results(store, results, now):
@@ -4089,15 +4092,16 @@ def start_in_background(place, *options):
 
 # What `doctor` looks at. Each returns what it saw, or raises a Failure: "what is wrong; the way out".
 
-def look_at_sqlite(version):
-    text = ".".join(map(str, version))
-    if version < (3, 7, 17):
-        raise Failure("%s is too old; use a Python with SQLite 3.7.17 or newer" % text)
-    mended = any(fixed <= version < end for fixed, end in (
-        ((3, 44, 6), (3, 45)), ((3, 50, 7), (3, 51)), ((3, 51, 3), (4,))))
-    return text if mended else (
-        text + ", has the WAL-reset bug (fixed in 3.44.6, 3.50.7, 3.51.3): it takes two programs that"
-        " write at once, so only other programs' writes could trigger it")
+def look_at_versions(sqlite):
+    text = ".".join(map(str, sqlite))
+    if sqlite < (3, 7, 17):
+        raise Failure("SQLite %s is too old; use a Python with SQLite 3.7.17 or newer" % text)
+    return "queuectl %s, %s; Python %s, %s; SQLite %s%s" % (
+        VERSION, os.path.abspath(__file__), sys.version.split()[0], sys.executable, text,
+        "" if any(fixed <= sqlite < end for fixed, end in (
+            ((3, 44, 6), (3, 45)), ((3, 50, 7), (3, 51)), ((3, 51, 3), (4,)))) else
+        ", whose WAL-reset bug (fixed in 3.44.6, 3.50.7, 3.51.3) takes two programs that write at"
+        " once: other programs should leave the database alone")
 
 
 def look_at_queue(queue):
@@ -4109,12 +4113,11 @@ def look_at_queue(queue):
 
 def look_at_folder(folder):
     check_folder(folder)
-    status = os.stat(folder)
+    mode = os.stat(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise Failure("%s can't be written; run: chmod u+rwx %s" % (safe(folder), safe(folder)))
-    if others_can_write(status) and not status.st_mode & stat.S_ISVTX:
-        raise Failure("%s can be written by others; run: chmod go-w %s"
-                      % (safe(folder), safe(folder)))
+        raise Failure("%s can't be written; run: chmod u+rwx %s" % (folder, folder))
+    if others_can_write(mode) and not mode.st_mode & stat.S_ISVTX:
+        raise Failure("%s can be written by others; run: chmod go-w %s" % (folder, folder))
     return folder
 
 
@@ -4123,7 +4126,7 @@ def look_at_disk(folder):
     free = room.f_bavail * room.f_frsize
     if free < LOW_DISK or room.f_files and not room.f_favail:
         raise Failure("only %d MiB and %d inodes are free for %s; free some, or use another --db"
-                      % (free >> 20, room.f_favail, safe(folder)))
+                      % (free >> 20, room.f_favail, folder))
     return "%d MiB free" % (free >> 20)
 
 
@@ -4132,37 +4135,38 @@ def look_at_file(path, wanted):
         status = os.lstat(path)
     except FileNotFoundError:
         return "not there now"
+    mode = stat.S_IMODE(status.st_mode)
     if wanted == 0o600:
         check_regular(path, status)
     elif not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise Failure("%s is not a directory of yours; move it away" % safe(path))
-    if stat.S_IMODE(status.st_mode) != wanted:
-        raise Failure("%s has mode %04o; run: chmod %o %s" % (
-            safe(path), stat.S_IMODE(status.st_mode), wanted, safe(path)))
+        raise Failure("%s is not a directory of yours; move it away" % path)
+    if mode != wanted:
+        raise Failure("%s has mode %04o; run: chmod %o %s" % (path, mode, wanted, path))
     return path
 
 
 def look_at_lock(path, holder):
+    pid = holder.get("pid")
     if not is_locked(path):
         return "free: no daemon runs"
-    if type(holder.get("pid")) is not int or not process_start(holder["pid"]):
+    if type(pid) is not int or not process_start(pid):
         raise Failure("%s is held by %s, not by the daemon it names; end that process" % (
-            safe(path), " ".join("pid %d" % pid for pid in holders(path)) or "an unknown process"))
-    return "held by a %s, pid %d" % (holder.get("kind"), holder["pid"])
+            path, ", ".join(map(str, holders(path))) or "an unknown process"))
+    return "held by a %s, pid %d" % (holder.get("kind"), pid)
 
 
 def look_at_socket(path, given, served):
     state = knock(path)
     if served and state != "live":
         raise Failure("nobody listens at %s, though a daemon holds the lock; restart it: daemon stop,"
-                      " worker start" % safe(path))
+                      " worker start" % path)
     if state == "stale":
         raise Failure("%s was left by a daemon that died; start one, which replaces it, or run: rm %s"
-                      % (safe(path), safe(path)))
+                      % (path, path))
     if given and not served and state:
-        raise Failure("%s is not a socket of this queue; give another --socket" % safe(path))
+        raise Failure("%s is not a socket of this queue; give another --socket" % path)
     if served and os.stat(path).st_mode & 0o077:
-        raise Failure("%s is open to others; run: chmod 600 %s" % (safe(path), safe(path)))
+        raise Failure("%s is open to others; run: chmod 600 %s" % (path, path))
     return "%s: %s" % (path, state or "nothing there")
 
 
@@ -4172,21 +4176,20 @@ def look_at_daemon(db, path):
     about = ask(path, {"command": "daemon", "option": "status", "db": db}, 5).get("message")
     if not isinstance(about, dict) or about.get("version") != VERSION:
         raise Failure("the daemon at %s is of another version: %s; restart it: daemon stop, worker"
-                      " start" % (safe(path), safe(str(about))))
+                      " start" % (path, about))
     return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
 
 
-def look_at_schema(db, found, known):
-    number = found["schema"]
+def look_at_schema(db, known, number, identity, lacks, damage):
     if number is not None and not 0 <= number <= len(MIGRATIONS):
         raise Failure("%s has schema %d, and queuectl %s knows %d; use the newer one that made it"
-                      % (safe(db), number, VERSION, len(MIGRATIONS)))
-    if found["lacks"]:
+                      % (db, number, VERSION, len(MIGRATIONS)))
+    if lacks:
         raise Failure("%s lacks %s: another program changed it; restore a backup"
-                      % (safe(db), ", ".join(found["lacks"])))
-    if known and found["identity"] != known and not found["damage"]:
+                      % (db, ", ".join(lacks)))
+    if known and identity != known and not damage:
         raise Failure("%s is not the database that %s.lock remembers; restore that one, or remove"
-                      " the lock file if this is meant" % (safe(db), safe(db)))
+                      " the lock file if this is meant" % (db, db))
     return "schema %s of %d" % (number, len(MIGRATIONS))
 
 
@@ -4204,15 +4207,14 @@ def diagnose(queue, db):
         try:
             detail, ok, advice = function(*args), True, ""
         except (Failure, OSError) as error:
-            ok, (detail, _, advice) = False, str(error).partition("; ")
+            ok, (detail, _, advice) = False, safe(str(error)).partition("; ")
             advice = advice or "see %s.log" % safe(db)
         findings.append({"check": check, "ok": ok, "detail": detail, "advice": advice})
+        return ok
 
-    look("queuectl", lambda: "%s, %s" % (VERSION, os.path.abspath(__file__)))
-    look("python", lambda: "%s, %s" % (sys.version.split()[0], sys.executable))
-    look("sqlite", look_at_sqlite, sqlite_version())
+    look("versions", look_at_versions, sqlite_version())
     look("queue", look_at_queue, queue)
-    folder = os.path.dirname(db)
+    folder, lock = os.path.dirname(db), db + ".lock"
     while not place.db_given and not os.path.isdir(folder):
         folder = os.path.dirname(folder)  # made when it is needed
     look("directory", look_at_folder, folder)
@@ -4220,16 +4222,16 @@ def diagnose(queue, db):
     look("disk", look_at_disk, folder)
     for name in ("", "-wal", "-shm", ".lock", ".log", "-run"):
         look("file DB" + name, look_at_file, db + name, 0o700 if name == "-run" else 0o600)
-    if os.path.isfile(db + ".lock"):
-        with contextlib.suppress(OSError), open(db + ".lock", "rb") as file:
+    if os.path.isfile(lock):
+        with contextlib.suppress(OSError), open(lock, "rb") as file:
             holder = unpad(file.read(LOCK_BYTES))
-    look("lock", look_at_lock, db + ".lock", holder)
-    path = holder.get("socket") if findings[-1]["ok"] and is_locked(db + ".lock") else None
-    look("socket", look_at_socket, path or place.socket, place.socket_given, path is not None)
+    path = holder.get("socket") if look("lock", look_at_lock, lock, holder) else None
+    path = path if path and is_locked(lock) else None
+    look("socket", look_at_socket, path or place.socket, place.socket_given, path)
     look("daemon", look_at_daemon, db, path)
     found = inspect(db)
-    look("schema", look_at_schema, db, found, holder.get("identity"))
-    look("integrity", look_at_integrity, found["damage"])
+    look("schema", look_at_schema, db, holder.get("identity"), *found)
+    look("integrity", look_at_integrity, found[-1])
     return findings
 
 
@@ -4361,44 +4363,28 @@ def exposition(metrics):
     return "\n".join(lines)
 
 
-def whole_s(ms):
-    """Whole seconds, rounded up, so that nothing over a limit looks as if it weren't."""
-    return ms and -(-ms // 1000)
-
-
-def gauges(found, pending=None, dead=None, age=None, prefix=None, within=None):
-    """[(name, value, unit, limit)] from what `check` found and the limits given: the highest
-    numbers of jobs, the longest ms. A value may be None: there is none."""
-    rows = [(state, found["jobs"][state], "", limit) for state, limit in (
-        ("pending", pending), ("processing", None), ("failed", None), ("dead", dead))]
-    rows += [("workers", found["workers"], "", None),
-             ("age", whole_s(found["waited_ms"]) or 0, "s", whole_s(age))]
-    if prefix is not None:
-        rows.append(("completed", whole_s(found["ended_ms"]), "s", whole_s(within)))
-    return rows
-
-
-def judge(found, **limits):
-    """(exit status, line) as monitoring plugins have them; see `gauges`."""
-    jobs, problems, data = found["jobs"], [], []
-    waiting = jobs["pending"] + jobs["failed"]
-    for name, value, unit, limit in gauges(found, **limits):
+def judge(found, limits, prefix=None):
+    """(exit status, line) as monitoring plugins have them, from what `check` found and the highest
+    values allowed, None for any."""
+    waiting, problems, data = found["pending"] + found["failed"], [], []
+    daemon = found.pop("daemon")
+    for name, value in found.items():
+        unit, limit = "s" if name in ("age", "ended") else "", limits.get(name)
         shown = "U" if value is None else "%d%s" % (value, unit)
         data.append("%s=%s;;%s;0" % (name, shown, "" if limit is None else limit))
         if limit is not None and (value is None or value > limit):
-            problems.append("%s is %s, over %d%s" % (name, shown, limit, unit)
-                            if name != "completed" else "no job %s... completed in %ds, %s" % (
-                                safe(limits["prefix"]).replace("|", "/"), limit,
-                                "none seen" if value is None else "the last %s ago" % shown))
+            problems.append("%s is %s, over %d%s" % (
+                name if name != "ended" else "time since a job %s... completed" % safe(
+                    prefix).replace("|", "/"), shown.replace("U", "unknown"), limit, unit))
     status = 2 if problems else 0
-    if waiting + jobs["processing"] and not found["daemon"]:
+    if waiting + found["processing"] and not daemon:
         problems.append("no daemon runs")
     elif waiting and not found["workers"]:
         problems.append("no worker runs")
     if "paused" in found:
         problems.append("paused")
-    problems.append("%s waiting, %d dead" % (plural(waiting, "job"), jobs["dead"]))
-    status = status or min(len(problems) - 1, 1)
+    status = status or int(bool(problems))
+    problems.append("%s waiting, %d dead" % (plural(waiting, "job"), found["dead"]))
     return status, "%s - %s | %s" % (("OK", "WARNING", "CRITICAL")[status], ", ".join(problems),
                                      " ".join(data))
 
@@ -5363,8 +5349,9 @@ def cmd_check(queue, args):
         raise Failure("no queue at %s; name it with --db" % safe(queue.place.db))
     queue.note = silent  # the line is all that a plugin says
     found = queue.call("check", prefix=args.completed, within=args.within or 0)["message"]
-    status, line = judge(found, pending=args.max_pending, dead=args.max_dead, age=args.max_age,
-                         prefix=args.completed, within=args.within)
+    age, ended = (ms and ms // 1000 for ms in (args.max_age, args.within))
+    status, line = judge(found, {"pending": args.max_pending, "dead": args.max_dead, "age": age,
+                                 "ended": ended}, args.completed)
     printed(line)
     return status
 

@@ -3088,10 +3088,10 @@ class MonitoringTest(QueueCase):
         return code, text, dict(item.split("=") for item in data.split())
 
     def test_what_is_ok_what_a_warning_and_what_critical(self):
-        def found(daemon=True, workers=2, waited=None, ended=None, **jobs):
-            return {"jobs": dict(dict.fromkeys(queuectl.STATES, 0), **jobs), "daemon": daemon,
-                    "workers": workers, "waited_ms": waited, "ended_ms": ended}
-        switch = {"prefix": "b|", "within": 60000}
+        def found(daemon=True, workers=2, age=0, **more):
+            return dict(dict.fromkeys(queuectl.STATES, 0), daemon=daemon, workers=workers, age=age,
+                        **more)
+        switch = {"ended": 60}
         for status, words, given, limits in (
                 (0, "0 jobs waiting, 0 dead", found(), {}),
                 (0, "0 jobs", found(False, 0), {}),
@@ -3100,17 +3100,17 @@ class MonitoringTest(QueueCase):
                 (1, "no worker runs", found(workers=0, failed=1), {}),
                 (0, "OK", found(workers=0, processing=1), {}),  # they end after their jobs
                 (1, "no daemon runs", found(False, 0, processing=1), {}),
-                (0, "OK", found(pending=9), {"pending": 9}),
+                (0, "OK", found(pending=9), {"pending": 9, "dead": None}),
                 (2, "pending is 10, over 9", found(pending=10), {"pending": 9}),
                 (2, "dead is 1, over 0, no daemon runs", found(False, 0, pending=1, dead=1),
                  {"dead": 0}),
-                (0, "OK", found(waited=60000), {"age": 60000}),
-                (2, "age is 61s, over 60s", found(waited=60001), {"age": 60000}),
-                (0, "OK", found(ended=60000), switch),
-                (2, "no job b/... completed in 60s, the last 61s ago", found(ended=60001), switch),
-                (2, "no job b/... completed in 60s, none seen", found(), switch)):
+                (0, "OK", found(age=60), {"age": 60}),
+                (2, "age is 61s, over 60s", found(age=61), {"age": 60}),
+                (0, "OK", found(ended=60), switch),
+                (2, "a job b/... completed is 61s, over 60s", found(ended=61), switch),
+                (2, "a job b/... completed is unknown, over 60s", found(ended=None), switch)):
             with self.subTest(words=words, status=status):
-                code, line = queuectl.judge(given, **limits)
+                code, line = queuectl.judge(given, limits, "b|")
                 self.assertEqual((code, line.count("|")), (status, 1))
                 self.assertIn(words, line)
 
@@ -3129,7 +3129,7 @@ class MonitoringTest(QueueCase):
                                    "0", "--max-dead", "0", "--max-age", "1s")
         self.assertEqual((code, data["dead"], data["age"], data["workers"]),
                          (0, "0;;0;0", "0s;;1;0", "1;;;0"))
-        self.assertRegex(data["completed"], r"^\d+s;;86400;0$")
+        self.assertRegex(data["ended"], r"^\d+s;;86400;0$")
         self.rows("UPDATE jobs SET finished_at = ?", queuectl.iso(queuectl.now_ms() - 86400001))
         self.assertEqual(self.check("--completed", "nightly-", "--within", "1d")[0], 2)
         self.assertEqual(self.check("--completed", "nightly-1x", "--within", "1d")[0], 2)
@@ -3402,14 +3402,14 @@ class DoctorTest(QueueCase):
         self.assertIn(self.db, self.doctor()["file DB"]["detail"])
 
     def test_versions_are_judged(self):
-        for version, words in (((3, 7, 17), "bug"), ((3, 40, 1), "bug"), ((3, 44, 5), "bug"),
-                               ((3, 44, 6), None), ((3, 45, 0), "bug"), ((3, 50, 6), "bug"),
-                               ((3, 50, 7), None), ((3, 51, 2), "bug"), ((3, 51, 3), None),
-                               ((3, 52, 0), None)):
+        for version, bug in (((3, 7, 17), True), ((3, 40, 1), True), ((3, 44, 5), True),
+                             ((3, 44, 6), False), ((3, 45, 0), True), ((3, 50, 6), True),
+                             ((3, 50, 7), False), ((3, 51, 2), True), ((3, 51, 3), False),
+                             ((3, 52, 0), False)):
             with self.subTest(version=version):
-                self.assertEqual("bug" in queuectl.look_at_sqlite(version), bool(words))
+                self.assertEqual("WAL-reset bug" in queuectl.look_at_versions(version), bug)
         with mock.patch("queuectl.sqlite_version", return_value=(3, 7, 16)):
-            self.finds("sqlite", "3.7.16 is too old", "3.7.17 or newer")
+            self.finds("versions", "3.7.16 is too old", "3.7.17 or newer")
         daemon = self.daemon()
         with mock.patch("queuectl.VERSION", "0.9"):
             self.finds("daemon", "another version", "restart it")
