@@ -1512,7 +1512,7 @@ class Store:
                                  WHERE id >= ? AND id < ? AND +state = 'completed'""", span)
         return self.value("""SELECT finished_at FROM jobs INDEXED BY jobs_finished
                              WHERE state = 'completed' AND finished_at >= ?
-                               AND +id >= ? AND +id < ?
+                               AND id >= ? AND id < ?
                              ORDER BY finished_at DESC LIMIT 1""", (since,) + span)
 
 
@@ -4090,7 +4090,7 @@ def start_in_background(place, *options):
         raise Failure("the daemon did not start: %s" % safe(lines[-1]))
 
 
-# What `doctor` looks at. Each returns what it saw, or raises a Failure: "what is wrong; the way out".
+# What `doctor` looks at. Each returns what it saw or raises a Failure: "what is wrong; the way out".
 
 def look_at_versions(sqlite):
     text = ".".join(map(str, sqlite))
@@ -4158,11 +4158,11 @@ def look_at_lock(path, holder):
 def look_at_socket(path, given, served):
     state = knock(path)
     if served and state != "live":
-        raise Failure("nobody listens at %s, though a daemon holds the lock; restart it: daemon stop,"
-                      " worker start" % path)
+        raise Failure("nobody listens at %s, though a daemon holds the lock; end that daemon and"
+                      " start another: worker start" % path)
     if state == "stale":
-        raise Failure("%s was left by a daemon that died; start one, which replaces it, or run: rm %s"
-                      % (path, path))
+        raise Failure("%s was left by a daemon that died; start one, which replaces it, or run:"
+                      " rm %s" % (path, path))
     if given and not served and state:
         raise Failure("%s is not a socket of this queue; give another --socket" % path)
     if served and os.stat(path).st_mode & 0o077:
@@ -5319,7 +5319,7 @@ def cmd_config_list(queue, args):
 
 
 @subcommand("metrics", arg("--format", choices=("json", "prometheus"), default="json",
-                         metavar="F", help="json (default) or prometheus, for a textfile collector"),
+                         metavar="F", help="json (default), or prometheus for its collectors"),
          examples=("metrics", "metrics --format prometheus >queuectl.prom"))
 def cmd_metrics(queue, args):
     """Show counters and run times."""
@@ -5403,7 +5403,8 @@ def completions():
     table[" -"] = common + [("--version", "show the version")]
     for name, (function, arguments, _) in COMMANDS.items():
         group, _, last = name.rpartition(" ")
-        table[group].append((last, " ".join(function.__doc__.split()).partition(". ")[0].rstrip(".")))
+        about = " ".join(function.__doc__.split()).partition(". ")[0].rstrip(".")
+        table[group].append((last, about))
         if group and group not in dict(table[""]):
             table[""].append((group, ""))
         table.setdefault(group + " -", common)
