@@ -3599,7 +3599,8 @@ class InstallTest(QueueCase):
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             out, _ = verify.communicate()
             self.assertEqual((verify.returncode, [line for line in out.splitlines()
-                                                  if b"queuectl" in line]), (0, []))
+                                                  if b"queuectl" in line
+                                                  and b"Special user nobody" not in line]), (0, []))
 
     def manager(self, address):
         """A daemon, and a function that waits until it has told that."""
