@@ -102,6 +102,7 @@ PAGE_BYTES = 1 << 20            # or so many bytes
 PROMOTE = 1000                  # due jobs made ready in one turn of the loop
 STARTS = 32                     # workers started in one turn of the loop
 ANSWERS = 250                   # answers remembered, for clients whose connection broke
+MAX_ASKED = 500                 # ids in one statement: SQLite 3.7.17 takes 999 values
 PURGE = 500                     # jobs deleted in one transaction
 PAGE_OUTPUT = 256 << 10         # output travels in pieces of so many bytes
 MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
@@ -109,6 +110,7 @@ LOOKED_AT = 20000               # jobs that `check` looks at, some 20 ms
 LOW_DISK = 64 << 20             # bytes free below which `doctor` warns
 MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to before it is cut
 
+KEEP_MS = 2000                  # a completed job stays at least: who waits for it must see it
 GRACE_S = 2.0                   # from SIGTERM to SIGKILL
 SILENT_S = 10.0                 # a worker this long past its job's end is taken for hung
 LOOK_S = 1.0                    # between two looks at the database, the lock and the socket
@@ -960,6 +962,7 @@ class Store:
         self.synchronous = None  # the level last set
         self.settings = {}       # key -> typed value, as of the last `read_settings`
         self.next_due = None     # ms: no job comes due earlier; None: unknown
+        self.cancels = True      # some open attempt may be cancelled
         self.open()
 
     # -- opening
@@ -1328,13 +1331,17 @@ class Store:
             self.write("UPDATE totals SET failed = failed + 1, dead = dead + ?",
                        (verdict.state == "dead",))
 
-    def mark_cancelled(self, job_id):
+    def mark_cancelled(self, job_id, now):
         """Note that the job's open attempt is to be stopped; False when it has none."""
-        return self.write("UPDATE running SET cancelled = 1 WHERE job = ?", (job_id,)) > 0
+        self.cancels = True
+        return self.write("UPDATE running SET cancelled = ? WHERE job = ?", (now, job_id)) > 0
 
     def cancelled(self):
-        """The serials of open attempts that are to be stopped."""
-        return [row[0] for row in self.query("SELECT serial FROM running WHERE cancelled = 1")]
+        """{serial: ms when it was cancelled} of the open attempts that are to be stopped."""
+        found = self.cancels and dict(self.query(
+            "SELECT serial, cancelled FROM running WHERE cancelled > 0"))
+        self.cancels = bool(found)
+        return found or {}
 
     def cancel(self, job_id, now):
         """pending or failed -> dead, at its user's wish."""
@@ -1347,7 +1354,7 @@ class Store:
         self.write("UPDATE totals SET dead = dead + 1", ())
 
     def delete(self, ids):
-        self.write("DELETE FROM jobs WHERE id IN (%s)" % marks(ids), ids)
+        self.write_all("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in ids])
 
     def give_back(self, claim, verdict, now):
         """processing -> pending or failed, as it was: the attempt does not count."""
@@ -1384,7 +1391,7 @@ class Store:
         """Delete completed jobs older than the `retention`, some at a time; the number of them."""
         if not self.settings["retention"]:
             return 0
-        return self.purge("completed", iso(now - self.settings["retention"]))
+        return self.purge("completed", iso(now - max(self.settings["retention"], KEEP_MS)))
 
     def count_finished(self, state, before):
         """How many jobs in `state` finished before that date."""
@@ -1393,7 +1400,8 @@ class Store:
 
     def has_chores(self, now):
         """Whether there are rows to adopt or to purge."""
-        before = iso(now - self.settings["retention"]) if self.settings["retention"] else ""
+        kept = self.settings["retention"]
+        before = iso(now - max(kept, KEEP_MS)) if kept else ""
         return self.value("""SELECT EXISTS (SELECT 1 FROM jobs WHERE due = 0)
                                  OR EXISTS (SELECT 1 FROM jobs INDEXED BY jobs_finished
                                             WHERE finished_at < ? AND state = 'completed')""",
@@ -1413,9 +1421,13 @@ class Store:
                           {"after": after, "limit": limit, "state": state})
         return [(row[0], Job._make(row[1:])) for row in rows]
 
+    def last_row(self):
+        """A number that later jobs' rowids exceed."""
+        return self.value("SELECT MAX(rowid) FROM jobs") or 0
+
     def ended(self, ids):
-        """[(id, state, exit_code, error)] of those of the jobs that exist; state: None if it has
-        yet to end."""
+        """[(id, state, exit_code, error)] of those of the jobs (MAX_ASKED at the most) that exist;
+        state: None if it has yet to end."""
         return self.query("""SELECT id, CASE WHEN state IN ('completed', 'dead') THEN state END,
                                     exit_code, error
                              FROM jobs WHERE id IN (%s)""" % marks(ids), ids)
@@ -1668,14 +1680,15 @@ class Spool:
 
     def piece(self, claim, offset, limit):
         """(bytes of what the running attempt wrote, from byte `offset` of it on, or from what is
-        left of it on; where they start)."""
+        left of it on; where they start; where all of it ends); None while it is being cut."""
         before = self.record(claim).get("dropped", 0)
-        if before is not None:  # else it is just being cut
-            with contextlib.suppress(OSError):
-                data, _ = read_at(self.run(claim.serial), max(offset - before, 0), limit)
-                if self.record(claim).get("dropped", 0) == before:
-                    return data, max(offset, before)
-        return b"", offset
+        try:
+            data, size = read_at(self.run(claim.serial), max(offset - (before or 0), 0), limit)
+        except OSError:
+            data, size = b"", 0
+        if before is None or self.record(claim).get("dropped", 0) != before:
+            return None
+        return data, max(offset, before), before + size
 
     def discard(self, serial):
         with contextlib.suppress(OSError):  # what stays is removed at the next start
@@ -2116,6 +2129,10 @@ def peer_uid(sock):
 
 def ask(path, request, patience=ANSWER_S):
     """The answer of the daemon at socket `path`; Unreachable when there is none."""
+    data = encode_request(request)
+    if len(data) > MAX_REQUEST:
+        raise Failure("this is too large, %d bytes; a request has at most %d"
+                      % (len(data), MAX_REQUEST))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(patience)
         try:
@@ -2123,7 +2140,7 @@ def ask(path, request, patience=ANSWER_S):
             if peer_uid(sock) not in (os.geteuid(), None):
                 raise Failure("%s is served by another user (uid %d); give another --socket"
                               % (safe(path), peer_uid(sock)))
-            sock.sendall(encode_request(request))
+            sock.sendall(data)
             data = bytearray()
             while not data.endswith(b"\n"):
                 piece = sock.recv(1 << 18)
@@ -2337,7 +2354,7 @@ class Orphan:
         self.since = since      # monotonic; at first it is looked at often
         self.kill_at = None     # monotonic: SIGKILL, once it is being stopped
         self.attended = True    # its worker, another daemon's child, still works at it
-        self.cancelled = False  # its command is to be stopped even so
+        self.reason = ""        # "cancelled", "stopped": its command is to be stopped even so
 
 
 def result_of(claim, verdict, record, spool, limit, worker=None):
@@ -2490,6 +2507,8 @@ class Pool:
         for hand in list(self.hands.values()):
             if hand.claim and (hand.leaving or not leaving):
                 hand.channel.send(encode({"stop": hand.claim.serial, "reason": "stopped"}))
+        for orphan in self.orphans.values():
+            orphan.reason, self.look_at = orphan.reason or "stopped", 0.0
 
     def cancel(self, serials):
         """Have these commands stopped for good; once more does no harm."""
@@ -2497,7 +2516,7 @@ class Pool:
             if hand.claim and hand.claim.serial in serials:
                 hand.channel.send(encode({"stop": hand.claim.serial, "reason": "cancelled"}))
         for serial in set(serials) & set(self.orphans):
-            self.orphans[serial].cancelled, self.look_at = True, 0.0
+            self.orphans[serial].reason, self.look_at = "cancelled", 0.0
 
     # -- what became of it
 
@@ -2519,13 +2538,16 @@ class Pool:
         for orphan in self.orphans.values():
             verdict, record = examine(orphan.claim, self.spool, self.boot)
             orphan.attended = verdict == "leave"
-            if verdict == "stop" or (verdict == "leave" and orphan.cancelled):
+            if verdict == "stop" or (verdict == "leave" and orphan.reason):
                 self.stop_orphan(orphan, record, now)
                 soon = True
             elif verdict == "leave":
                 soon = soon or now < orphan.since + LOOK_S
             else:
-                found.append(result_of(orphan.claim, verdict, record, self.spool, limit))
+                result = result_of(orphan.claim, verdict, record, self.spool, limit)
+                if orphan.reason == "stopped" and result.outcome.status != 0:
+                    result = result._replace(outcome=result.outcome._replace(reason="stopped"))
+                found.append(result)
         self.look_at = now + (BUSY_S if soon else LOOK_S)
         return found
 
@@ -2631,14 +2653,17 @@ def known_job(store, job_id):
     return job
 
 
-def selected(context, states, ids, state, after):
-    """([Job], cursor) of the jobs that a request means: those named, each of which must be in one
-    of `states`, or a page of those in `state` beyond `after`."""
+def selected(context, states, ids, state, after, upto=None):
+    """([Job], what the answer tells of the page) of the jobs that a request means: those named,
+    each of which must be in one of `states`, or a page of those in `state` beyond `after`, none of
+    them later than `upto`: an operation may itself enqueue."""
     if state is not None:
-        if state not in states:
-            raise BadField("state", "must be one of " + ", ".join(states))
+        if state not in states or ids:
+            raise BadField("state", "must be one of %s, and without ids" % ", ".join(states))
+        upto = context.store.last_row() if upto is None else checked("upto", as_int, upto, 0, 1 << 62)
         rows = context.store.jobs(state, checked("after", as_int, after, 0, 1 << 62), PAGE_JOBS)
-        return [job for _, job in rows], rows[-1][0] if len(rows) == PAGE_JOBS else None
+        jobs = [job for rowid, job in rows if rowid <= upto]
+        return jobs, {"next": rows[-1][0] if len(jobs) == PAGE_JOBS else None, "upto": upto}
     ids = [ids] if isinstance(ids, str) else ids
     if not isinstance(ids, list) or not 0 < len(ids) <= BATCH_JOBS:
         raise Failure("name the jobs, 1 to %d of them, or give a state" % BATCH_JOBS)
@@ -2647,26 +2672,37 @@ def selected(context, states, ids, state, after):
         if job.state not in states:
             raise Failure("job %s is %s, not %s; see: show %s" % (
                 safe(job.id), job.state, " or ".join(states), safe(job.id)))
-    return list(dict.fromkeys(jobs)), None
+    return list(dict.fromkeys(jobs)), {"next": None}
 
 
 def on_death(store, job_id, now):
-    """Enqueue the `on-dead` line for a job that has just died; its own death enqueues nothing."""
+    """Enqueue the `on-dead` line for a job that has just died; its own death enqueues nothing.
+    Returns the new job's id or None."""
     line = store.settings["on-dead"]
     job = store.job(job_id) if line else None
     if job is None or job.own & ON_DEAD:
-        return
+        return None
     command = job.command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")
     new = make_job({"command": line, "env": {
         "QUEUECTL_DEAD_ID": job.id, "QUEUECTL_DEAD_ERROR": job.error or "",
         "QUEUECTL_DEAD_COMMAND": command}}, store.settings, now)
     store.insert([new._replace(own=ON_DEAD)])
+    return new.id
 
 
 def pause_note(context):
     """{"paused": reason} for an answer while nothing new is started, else {}."""
     reason = context.store.paused()
     return {} if reason is None else {"paused": reason}
+
+
+def hindrance(context):
+    """What keeps every job from running, or None."""
+    if context.store.paused() is not None:
+        return "the end of the pause; go on with: resume"
+    if context.daemon is None or not context.daemon.wanted:
+        return "a worker; start one with: worker start"
+    return None
 
 
 def refuse_taken(store, job_id):
@@ -2734,7 +2770,8 @@ def op_status(context, full=False):
                 **pause_note(context))
     if full:
         told.update(running=worker_list(context), totals=store.totals(), now=iso(context.now),
-                    unsettled=store.unsettled(context.now),
+                    unsettled=store.unsettled(context.now), hindrance=hindrance(context),
+                    served=daemon is not None,
                     deaths=[job.public() for job in store.latest("dead", 5)])
     return reply(told)
 
@@ -2774,11 +2811,11 @@ def retry_obstacle(store, job):
     return None
 
 
-@operation("dlq", "retry", names=("ids", "state", "after"), bare="ids", writes=True)
-def op_dlq_retry(context, ids=(), state=None, after=0):
+@operation("dlq", "retry", names=("ids", "state", "after", "upto"), bare="ids", writes=True)
+def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
     """Queue dead jobs again: those named, all or none; of a page of all, those that can be."""
     store, refused = context.store, []
-    jobs, cursor = selected(context, ("dead",), ids, state, after)
+    jobs, page = selected(context, ("dead",), ids, state, after, upto)
     for job in jobs:
         obstacle = retry_obstacle(store, job)
         if obstacle is None:
@@ -2789,27 +2826,29 @@ def op_dlq_retry(context, ids=(), state=None, after=0):
             refused.append(obstacle)
     named = "" if state else ", ".join(job.id for job in jobs)
     return reply("%s%s added to queue" % ("Jobs" if len(jobs) > 1 else "Job", named and " " + named),
-                 count=len(jobs) - len(refused), refused=refused, next=cursor)
+                 count=len(jobs) - len(refused), refused=refused, **page)
 
 
-@operation("cancel", names=("ids", "state", "after", "dry_run"), bare="ids", writes=True)
-def op_cancel(context, ids=(), state=None, after=0, dry_run=False):
+@operation("cancel", names=("ids", "state", "after", "upto", "dry_run"), bare="ids", writes=True)
+def op_cancel(context, ids=(), state=None, after=0, upto=None, dry_run=False):
     """Make waiting jobs dead, have running ones stopped: those named, all or none, or a page."""
     store, stopping = context.store, []
-    jobs, cursor = selected(context, UNFINISHED, ids, state, after)
+    jobs, page = selected(context, UNFINISHED, ids, state, after, upto)
     for job in () if dry_run else jobs:
-        if store.mark_cancelled(job.id):
+        if store.mark_cancelled(job.id, context.now):
             stopping.append(job.id)
         else:
             store.cancel(job.id, context.now)
-            on_death(store, job.id, context.now)
+            heir = on_death(store, job.id, context.now)
+            if context.daemon and heir:
+                context.daemon.take_on(heir)
     return reply("Cancelled %s" % plural(len(jobs), "job"), count=len(jobs), stopping=stopping,
-                 next=cursor)
+                 **page)
 
 
-@operation("delete", names=("ids", "state", "older_than", "after", "dry_run"), bare="ids",
-           writes=True)
-def op_delete(context, ids=(), state=None, older_than=0, after=0, dry_run=False):
+@operation("delete", names=("ids", "state", "older_than", "after", "upto", "dry_run"),
+           bare="ids", writes=True)
+def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry_run=False):
     """Delete finished jobs: those named, all or none, or some of those in `state` that finished
     `older_than` ms ago or before; `next` is None once there are no more."""
     if state is None:
@@ -2824,7 +2863,8 @@ def op_delete(context, ids=(), state=None, older_than=0, after=0, dry_run=False)
         act = context.store.count_finished if dry_run else context.store.purge
         count = act(state, before)
         more = not dry_run and count == PURGE
-    return reply("Deleted %s" % plural(count, "job"), count=count, next=0 if more else None)
+    return reply("Deleted %s" % plural(count, "job"), count=count, next=0 if more else None,
+                 upto=0)
 
 
 def waiting_for(context, job):
@@ -2833,10 +2873,7 @@ def waiting_for(context, job):
         return None
     if job.due and job.due > context.now:
         return "its time, %s" % iso(job.due)
-    if context.store.paused() is not None:
-        return "the end of the pause; go on with: resume"
-    busy = context.daemon and context.daemon.pool.count()
-    return "a free worker" if busy else "a worker; start one with: worker start"
+    return hindrance(context) or "a free worker"
 
 
 @operation("show", names=("id",), bare="id")
@@ -2854,48 +2891,53 @@ def op_show(context, id=None):
 def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=False):
     """A piece of what an attempt (None: the last) wrote, in base64, from byte `offset` of it on.
 
-    `start`: where the piece starts, later than asked if what came before was cut; `serial`: of
-    the attempt, None if there is none; `last`: the number of the last attempt; `over`: it has
-    ended. With `work` a temporary daemon takes the job on.
+    `start`: where the piece starts, later than asked if what came before was cut; `end`: where
+    all of it ends by now; `serial`: of the attempt, None if there is none; `last`: the number of
+    the last attempt; `over`: it has ended. With `work` a temporary daemon takes the job on.
     """
     import base64
     store, job = context.store, known_job(context.store, id)
     offset, limit = checked("offset", as_int, offset, 0, 1 << 62), checked(
         "limit", as_int, limit, 0, PAGE_OUTPUT)
+    if attempt is not None:
+        checked("attempt", as_int, attempt, 1, 1 << 62)
     past = {one["number"]: one for one in store.attempts(job.id)}
     running = {claim.number: claim for claim in store.open_claims(job.id)}
     last = max(itertools.chain(past, running), default=None)
     number = last if attempt is None else attempt
-    data, start, serial = b"", offset, None
+    piece, serial = (b"", offset, 0), None
     if number in running:
         serial = running[number].serial
-        data, start = Spool(store.path).piece(running[number], offset, limit)
+        piece = Spool(store.path).piece(running[number], offset, limit)
     elif number in past:
         serial, cut = past[number]["serial"], past[number]["output_cut"]
         start = max(offset, cut)
-        data = store.output(serial, start - cut, limit)
-    if work and context.daemon:
+        piece = store.output(serial, start - cut, limit), start, cut + past[number]["output_kept"]
+    if work and context.daemon and job.state not in FINISHED:
         context.daemon.take_on(job.id)
+    data, start, end = piece or (b"", offset, offset + 1)  # being cut: there is more to come
     return reply(base64.b64encode(data).decode(), attempt=number, serial=serial, start=start,
-                 last=last, over=number in past, state=job.state, exit_code=job.exit_code,
-                 error=job.error, served=context.daemon is not None)
+                 end=end, last=last, over=number in past, state=job.state,
+                 exit_code=job.exit_code, error=job.error, served=context.daemon is not None,
+                 waiting_for=waiting_for(context, job), db=store.path)
 
 
 @operation("wait", names=("ids",), bare="ids")
 def op_wait(context, ids=()):
     """[[id, state, exit code, error]] of those of the jobs that have ended."""
-    if not isinstance(ids, list) or len(ids) > BATCH_JOBS or not all(map(is_text, ids)):
-        raise Failure("ids must be a list of at most %d" % BATCH_JOBS)
+    if not isinstance(ids, list) or len(ids) > MAX_ASKED or not all(map(is_text, ids)):
+        raise Failure("ids must be a list of at most %d" % MAX_ASKED)
     rows = context.store.ended(ids)
     for job_id in set(ids) - {row[0] for row in rows}:
         known_job(context.store, job_id)
-    return reply([row for row in rows if row[1]])
+    return reply([row for row in rows if row[1]], hindrance=hindrance(context),
+                 db=context.store.path)
 
 
 @operation("pause", names=("reason",), bare="reason", writes=True)
 def op_pause(context, reason=""):
     """Start nothing new until `resume`."""
-    context.store.set_paused(checked("reason", as_text, reason or ""))
+    context.store.set_paused(checked("reason", as_text, reason))
     return reply("Queue paused")
 
 
@@ -2908,6 +2950,8 @@ def op_resume(context):
 
 @operation("config", "set", names=("key", "value"), writes=True)
 def op_config_set(context, key=None, value=None):
+    if value is None:
+        raise BadField(key, "needs a value; for the default: config unset")
     text = value if isinstance(value, str) else compact(value)
     context.store.set_setting(key, read_setting(key, text))
     return reply("Updated %s to %s" % (key, safe(text)))
@@ -2984,11 +3028,15 @@ def op_daemon_stop(context, grace=None):
     return reply("Daemon stopping", pid=os.getpid())
 
 
-@operation("daemon", "yield")
-def op_daemon_yield(context):
-    """A temporary daemon gives lock and socket up to one that is to stay."""
-    if context.daemon is None or context.daemon.kind == "daemon":
-        raise Failure("only a temporary daemon gives way")
+KINDS = ("run", "drain", "daemon")  # of daemons: each gives way to those after it
+
+
+@operation("daemon", "yield", names=("kind",))
+def op_daemon_yield(context, kind=None):
+    """A temporary daemon gives lock and socket up to one of a later kind."""
+    if kind not in KINDS or context.daemon is None or (
+            KINDS.index(context.daemon.kind) >= KINDS.index(kind)):
+        raise Failure("this daemon does not give way")
     context.daemon.give_way()
     return reply("Giving way", pid=os.getpid())
 
@@ -3019,13 +3067,12 @@ def op_check(context, prefix=None, within=0):
 
 
 def record_results(store, results, now):
-    """Store what became of attempts: [(Result, Verdict)]."""
-    done = []
+    """Store what became of attempts: [(Result, Verdict, id of the job enqueued by a death)]."""
+    done, cancelled = [], store.cancelled()
     for result in results:
-        if result.outcome.reason or result.outcome.status:
-            if result.claim.serial in store.cancelled():
-                result = result._replace(outcome=result.outcome._replace(
-                    reason="cancelled", detail=""))
+        heir, at = None, cancelled.get(result.claim.serial)
+        if at and not (result.outcome.ended_at and result.outcome.ended_at < at):
+            result = result._replace(outcome=result.outcome._replace(reason="cancelled", detail=""))
         spread = 0.0
         if store.settings["jitter"]:
             import random
@@ -3036,8 +3083,8 @@ def record_results(store, results, now):
         else:
             store.finish(result.claim, verdict, result.outcome, result.output, result.worker, now)
             if verdict.state == "dead":
-                on_death(store, result.claim.job, now)
-        done.append((result, verdict))
+                heir = on_death(store, result.claim.job, now)
+        done.append((result, verdict, heir))
     return done
 
 
@@ -3113,8 +3160,8 @@ class Lock:
 
 
 def daemon_lock(db, kind):
-    """The Lock for a starting daemon: a command's is waited for, a daemon's refused, but one that
-    is to stay ("daemon") has a temporary one give way."""
+    """The Lock for a starting daemon of that kind: those of earlier KINDS are asked to give way,
+    commands waited for, a daemon that is to stay is not."""
     lock, deadline = Lock(db), monotonic() + 5
     while not lock.take():
         text = lock.text()
@@ -3122,10 +3169,11 @@ def daemon_lock(db, kind):
         holder = text.get("kind")
         # a dead pid: its successor has yet to sign
         serves = holder not in (None, "command") and process_start(text.get("pid") or 0)
-        if serves and holder != "daemon" == kind and text.get("socket"):
-            with contextlib.suppress(Failure):
-                ask(text["socket"], {"command": "daemon", "option": "yield", "db": db}, 2)
-        elif serves:
+        if serves and holder in KINDS and KINDS.index(holder) < KINDS.index(kind):
+            with contextlib.suppress(Failure, TypeError):  # it has no socket yet
+                ask(text["socket"], {"command": "daemon", "option": "yield", "db": db,
+                                     "flag": "kind", "value": kind}, 2)
+        elif serves and (holder == "daemon" or kind == "run"):
             deadline = 0
         if monotonic() > deadline:
             raise Failure("a %s, pid %s, already serves %s; %s" % (
@@ -3413,9 +3461,11 @@ class Daemon:
         self.wake = Channel(ours, self.loop, lambda channel: channel.inbox.clear(),
                             lambda channel: None)
         self.wake_end = theirs
+        self.handlers = {}  # what they were before
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: self.signals.append(number))
+                self.handlers[number] = signal.signal(
+                    number, lambda number, frame: self.signals.append(number))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def take_over(self):
@@ -3446,6 +3496,9 @@ class Daemon:
         self.paused = self.store.paused() is not None
         if self.kind == "daemon":
             self.wanted = self.store.wanted()
+        elif self.kind == "run":
+            self.only = {row[0] for row in self.store.ended(list(self.only)) if row[1] is None}
+            self.wanted = len(self.only)
 
     def run(self, on_ready):
         """Serve until stopped; the exit status."""
@@ -3464,7 +3517,8 @@ class Daemon:
             self.log("stopped")
             return 0
         except Failure as error:
-            self.log("gives up: %s" % error)
+            if hasattr(self, "lock"):
+                self.log("gives up: %s" % error)
             raise
         finally:
             self.shut()
@@ -3476,10 +3530,16 @@ class Daemon:
                 part.server_close() if name == "server" else part.close()
         if hasattr(self, "lock"):
             self.lock.release()
+        if hasattr(self, "handlers"):
+            signal.set_wakeup_fd(-1)
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
 
     def finished(self):
         if self.yielded:
             return not self.writes
+        if self.kind == "daemon" and any(one.attended for one in self.pool.orphans.values()):
+            return False
         waited_for = set(self.pool.hands)
         if self.retry_at is not None:  # noted outcomes wait for the next daemon as well
             waited_for -= set(self.pool.rung)
@@ -3501,10 +3561,10 @@ class Daemon:
         self.yielded = True
 
     def take_on(self, job_id):
-        """Work this job too, with a worker of its own."""
-        if self.kind == "run" and job_id not in self.only and not self.stopping:
+        """Work this job too, with a worker of its own, if this is for jobs that are named."""
+        if self.kind == "run" and len(self.only) < MAX_ASKED and not self.stopping:
             self.only.add(job_id)
-            self.wanted = min(len(self.only), MAX_WORKERS)
+            self.wanted = len(self.only)
             self.pool.uneven = self.hungry = True
 
     def is_done(self):
@@ -3669,15 +3729,17 @@ class Daemon:
 
     def claims(self, now, done):
         """Claims for idle workers, and for those whose job has just ended."""
-        if any(result.outcome.reason == "unstarted" for result, _ in done):
-            self.pool.hold_until = now + LOOK_S
-            self.hungry = True
-        if any(verdict.state == "dead" for _, verdict in done):
-            self.hungry = True  # for what `on-dead` has enqueued
+        for result, _, heir in done:
+            if result.outcome.reason == "unstarted":
+                self.pool.hold_until = now + LOOK_S
+                self.hungry = True
+            elif heir:
+                self.hungry = True
+                self.take_on(heir)
         if self.stopping or self.paused or now < self.pool.hold_until:
             return []
         slots = list(self.pool.idle) if self.hungry else []
-        slots += [result.claim.slot for result, _ in done if self.pool.frees(result.claim)]
+        slots += [result.claim.slot for result, _, _ in done if self.pool.frees(result.claim)]
         claims = self.store.claim(slots, self.pool.boot, now_ms(), self.only) if slots else []
         if slots:
             self.hungry = len(claims) == len(slots)
@@ -3686,14 +3748,14 @@ class Daemon:
     def deliver(self, done, claims, answered, now):
         """After the COMMIT: free workers, hand out, answer."""
         self.commands = 0
-        for result, _ in done:
+        for result, _, _ in done:
             self.pool.close(result.claim)
         for claim in claims:
             if claim.slot in self.pool.idle:  # else: its worker has just died; settled like any
                 self.pool.hand_out(claim, self.order(claim))
             else:
                 self.pool.orphans[claim.serial] = Orphan(claim, now)
-        for result, verdict in done:  # while the workers go on
+        for result, verdict, _ in done:  # while the workers go on
             self.spool.discard(result.claim.serial)
             if verdict.state == "dead":
                 self.died += 1
@@ -3701,7 +3763,7 @@ class Daemon:
             elif result.outcome.reason == "unstarted":
                 self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
         answered = list(answered)
-        if answered:
+        if answered or (done and self.kind == "run"):
             self.obey(now)
         for (channel, _, _), answer in answered:
             self.send(channel, answer)
@@ -3934,6 +3996,8 @@ class Queue:
         else:
             answer = self.ask_holder(dict(request, db=self.place.db))
         if answer.get("success") is True:
+            if isinstance(answer.get("db"), str):  # a temporary daemon may be gone the next time
+                self.place = self.place._replace(db=answer["db"], db_given=True)
             return answer
         details = {key: value for key, value in answer.items() if key not in ("success", "message")}
         message = str(answer.get("message"))
@@ -4036,11 +4100,6 @@ class Queue:
         answer = patiently(transact)
         for result in results:
             spool.discard(result.claim.serial)
-        cancelled = store.cancelled() if found.writes else ()
-        for claim in store.open_claims() if cancelled else ():
-            if claim.serial in cancelled:
-                signal_command(leader(spool.record(claim)), spool.run(claim.serial),
-                               signal.SIGTERM)
         return answer
 
     def other_queue(self):
@@ -4562,7 +4621,9 @@ def printed(text, end="\n", stream=None):
 
 
 def tell(line):
-    printed(line, stream=sys.stderr)
+    """For people: a full disk or a closed pipe there is no reason to fail."""
+    with contextlib.suppress(OSError):
+        printed(line, stream=sys.stderr)
 
 
 def write_bytes(data):
@@ -4636,7 +4697,7 @@ def flag_type(check):
     return convert
 
 
-duration_flag = flag_type(parse_duration)
+duration_flag = flag_type(as_ms)
 time_flag = flag_type(as_date)
 count_flag = flag_type(lambda text: in_range(whole(text), 1, MAX_WORKERS))
 limit_flag = flag_type(lambda text: in_range(whole(text), 0, 10 ** 9))
@@ -4679,11 +4740,12 @@ def each_answer(queue, args, states, command, option=None, **more):
         yield queue.call(command, option, ids=args.ids, **more)
     elif not args.state and not args.all:
         raise Usage("name the jobs, or give --state S or --all")
+    upto = None
     for state in (args.state,) if args.state else states if args.all else ():
         after = 0
         while after is not None:
-            answer = queue.call(command, option, state=state, after=after, **more)
-            queue.note = silent
+            answer = queue.call(command, option, state=state, after=after, upto=upto, **more)
+            queue.note, upto = silent, answer["upto"]
             yield answer
             after = answer["next"]
 
@@ -4743,6 +4805,18 @@ def pauses():
         yield
 
 
+class Hint:
+    """What keeps a watched job waiting: told once, after a second."""
+
+    def __init__(self):
+        self.at = monotonic() + 1
+
+    def __call__(self, what):
+        if what and self.at and monotonic() > self.at:
+            tell("waiting for %s" % what)
+            self.at = None
+
+
 @contextlib.contextmanager
 def watching():
     """Ctrl-C ends the watching, never the job."""
@@ -4791,7 +4865,9 @@ def enqueue_lines(queue, args, fields):
     holds is the same for all."""
     stored = held = last = 0
     progress, answer = Drawing(), {}
-    for lines in batches(sys.stdin.buffer if sys.stdin else ()):
+    if sys.stdin is None:
+        raise Failure("there is nothing to read: stdin is closed")
+    for lines in batches(sys.stdin.buffer):
         try:
             jobs = [parse_line(number, line) for number, line in lines]
             if fields:
@@ -4998,39 +5074,47 @@ def employ(queue, job_id):
 
 
 def hand_on(answer, offset, write):
-    """Write a piece of output; its size."""
+    """Write a piece of output; where the next one starts."""
     import base64
     data = base64.b64decode(answer["message"])
-    if write and data and answer["start"] > offset:
+    if answer["start"] > offset and (data or answer["over"]):
         tell("%d bytes were cut here" % (answer["start"] - offset))
     if data:
         write(data)
-    return len(data)
+    return answer["start"] + len(data) if data or answer["over"] else offset
 
 
-def follow(queue, job_id, write, *, attempt=None, work=False, to_end=True):
+def follow(queue, job_id, write=None, *, attempt=None, work=False, to_end=True):
     """Hand on what the job writes, from its last attempt or `attempt` on, to the end of the job
     or (not `to_end`) to what there is by now; returns the last answer. `write` None: only wait.
     With `work` see to it that somebody works the job."""
-    number, serial, offset, idle = attempt, None, 0, pauses()
+    number, serial, offset, end = attempt, None, 0, None
+    idle, hint = pauses(), Hint()
     while True:
         answer = queue.call("logs", id=job_id, attempt=number, offset=offset, work=work,
                             limit=PAGE_OUTPUT if write else 0)
         queue.note = silent
-        data = hand_on(answer, offset, write) if answer["serial"] == serial else 0
         if answer["serial"] != serial:  # another attempt: from its start
-            serial, number, offset = answer["serial"], answer["attempt"], 0
-        elif data:
-            offset, idle = answer["start"] + data, pauses()
-        elif answer["over"] and attempt is None and answer["last"] > number:
+            serial, number, offset, end = answer["serial"], answer["attempt"], 0, answer["end"]
+            continue
+        before, offset = offset, hand_on(answer, offset, write) if write else 0
+        if offset > before:
+            idle = pauses()
+            if to_end or offset < end:
+                continue
+        over = answer["over"] and (offset >= answer["end"] or not write)
+        ended = over if attempt else (over or serial is None) and answer["state"] in FINISHED
+        if over and attempt is None and answer["last"] > number:
             number += 1
-            tell("attempt %d" % number)
-        elif not to_end or answer["over"] and (attempt or answer["state"] in FINISHED) or (
-                serial is None and answer["state"] in FINISHED):
+            if write:
+                tell("attempt %d" % number)
+        elif ended or not to_end and (serial is None or offset >= end):
             return answer
         else:
             if work and not answer["served"]:
                 employ(queue, job_id)
+            if write:
+                hint(answer["waiting_for"])
             next(idle)
 
 
@@ -5066,22 +5150,25 @@ def job_status(job_id, state, exit_code, error):
 def progress_of(queue, ids, ended):
     """(done, total, failed) of these jobs, time and again; fills `ended`: id -> (state, exit
     code, error)."""
-    asked = ids  # at first all, to see that they exist
+    asked, hint = ids, Hint()  # at first all, to see that they exist
     while True:
-        for at in range(0, len(asked), BATCH_JOBS):
-            for job_id, *end in queue.call("wait", ids=asked[at:at + BATCH_JOBS])["message"]:
-                ended[job_id] = end
+        for at in range(0, len(asked), MAX_ASKED):
+            answer = queue.call("wait", ids=asked[at:at + MAX_ASKED])
             queue.note = silent
+            for job_id, *end in answer["message"]:
+                ended[job_id] = end
+            hint(answer["hindrance"])
         yield len(ended), len(ids), sum(end[0] == "dead" for end in ended.values())
         asked = [job_id for job_id in ids if job_id not in ended][:200]
 
 
 def progress_of_all(queue, ended):
     """The same for whatever is queued now and later; `ended` gets a count of the dead."""
-    before = None
+    before, hint = None, Hint()
     while True:
         told = queue.call("status", full=True)["message"]
         queue.note = silent
+        hint(told["hindrance"])
         now = told["totals"]["completed"], told["totals"]["dead"]
         before = before or now
         done, ended["dead"] = sum(now) - sum(before), now[1] - before[1]
@@ -5133,14 +5220,32 @@ def terminate(_number, _frame):
     raise Terminated()
 
 
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def abandon(queue, job_id):
-    """Cancel the job of an interrupted `run`, and wait for its end."""
+    """Cancel the job of a `run` that ends early, and wait for its end; what to say."""
     try:
         queue.call("cancel", ids=[job_id])
-    except Failure:  # it has just ended
-        return "job %s has ended" % safe(job_id)
-    follow(queue, job_id, None, work=True)
+        follow(queue, job_id, work=True)
+    except Failure:  # it has just ended, or can't be reached
+        return "job %s is left as it is; see: show %s" % (safe(job_id), safe(job_id))
     return "job %s cancelled" % safe(job_id)
+
+
+def attend(queue, job_id, quiet):
+    """See a job of `run` through: its last answer. Whatever ends that early cancels the job."""
+    for number in ENDINGS[1:]:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, terminate)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+        return follow(queue, job_id, None if quiet else write_bytes, work=True)
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(abandon(queue, job_id))
+    except (Failure, OSError):
+        tell(abandon(queue, job_id))
+        raise
 
 
 @subcommand("run", WHAT, *JOB_FLAGS, arg("--quiet", action="store_true",
@@ -5154,17 +5259,17 @@ def cmd_run(queue, args):
     if args.argv is None:
         raise Usage("a command is missing, after --, like: run --quiet -- make")
     say, queue.note = silent if args.quiet else tell, silent
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # until it is known whose the job is
     answer = queue.call("enqueue", job=job_fields(args), cwd=working_directory())
     job_id = answer["id"]
     if answer["message"] == "Job already queued":
         say("job %s has this key and is unfinished; nothing was started" % safe(job_id))
+        if not queue.call("logs", id=job_id, limit=0, work=True)["served"]:
+            employ(queue, job_id)  # nobody works it: its `run`, or its daemon, is gone
         return 0
-    warn_paused(answer)
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        end = follow(queue, job_id, None if args.quiet else write_bytes, work=True)
-    except KeyboardInterrupt as interrupt:
-        raise type(interrupt)(abandon(queue, job_id))
+    if not args.quiet:
+        warn_paused(answer)
+    end = attend(queue, job_id, args.quiet)
     failure = job_status(job_id, end["state"], end["exit_code"], end["error"])
     if failure and args.quiet:
         follow(queue, job_id, write_bytes, to_end=False)
@@ -5175,14 +5280,28 @@ def cmd_run(queue, args):
 
 
 def outlast(queue):
-    """Wait, as a client of the daemon that took over, for the end of a drain; how many died."""
-    idle, died = pauses(), None
+    """Watch, as a client of the daemon that took over a drain: (jobs that died, whether all is
+    done); not all is when that daemon is gone too, or has not come for some seconds."""
+    idle, hint, before, served_at = pauses(), Hint(), None, monotonic()
     while True:
         told = queue.call("status", full=True)["message"]
-        died = told["totals"]["dead"] if died is None else died
-        if not told["unsettled"]:
-            return told["totals"]["dead"] - died
+        queue.note = silent
+        before = told["totals"]["dead"] if before is None else before
+        served_at = monotonic() if told["served"] else served_at
+        if not told["unsettled"] or monotonic() > served_at + 3:
+            return told["totals"]["dead"] - before, not told["unsettled"]
+        hint(told["hindrance"])
         next(idle)
+
+
+def drain_here(place, count):
+    """Be a temporary daemon until all is done or another one takes over: the Daemon."""
+    daemon = Daemon(place.db, place.socket, kind="drain", sock_given=place.socket_given,
+                    workers=count)
+    daemon.run(silent)
+    if not daemon.done and not daemon.yielded:
+        raise Failure("stopped before the queue was drained; the rest is kept")
+    return daemon
 
 
 @subcommand("drain", arg("--count", type=count_flag, default=1, metavar="N",
@@ -5191,17 +5310,18 @@ def outlast(queue):
 def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
     or waiting for another try; exits 1 if a job died."""
-    place = queue.place
-    make_default_folder(place)
-    daemon = Daemon(place.db, place.socket, kind="drain", sock_given=place.socket_given,
-                    workers=args.count)
-    daemon.run(silent)
-    died = daemon.died
-    if daemon.yielded:
-        tell("a daemon took over; waiting for it")
-        died += outlast(queue)
-    elif not daemon.done:
-        raise Failure("stopped before the queue was drained; the rest is kept")
+    make_default_folder(queue.place)
+    if "paused" in queue.call("status")["message"]:
+        raise Failure("the queue is paused; go on with: resume")
+    died, done = 0, False
+    while not done:
+        daemon = drain_here(queue.place, args.count)
+        died, done = died + daemon.died, daemon.done
+        if not done:
+            tell("another daemon took over; waiting for it")
+            with watching():
+                more, done = outlast(queue)
+            died += more
     if died:
         raise Failure("%s died; see: dlq list" % plural(died, "job"))
     printed(compact(reply("Queue drained")))
@@ -5224,13 +5344,13 @@ def cmd_cancel(queue, args):
     """Make waiting jobs dead; stop running ones, all of their processes, then so."""
     count, stopping = 0, []
     # failed once more: a job may move on between two looks
-    for answer in each_answer(queue, args, UNFINISHED + ("failed",), "cancel",
-                              dry_run=args.dry_run):
+    states = UNFINISHED if args.dry_run else UNFINISHED + ("failed",)
+    for answer in each_answer(queue, args, states, "cancel", dry_run=args.dry_run):
         count += answer["count"]
         stopping += answer["stopping"]
-    if stopping:
+    for job_id in stopping:
         with watching():
-            watch_progress(progress_of(queue, stopping, {}), None)
+            follow(queue, job_id, work=True)
     report(args, "cancelled", count)
 
 

@@ -843,8 +843,7 @@ class StoreTest(StoreCase):
                 ("latest", "jobs_finished", lambda: store.latest("dead", 5)),
                 ("count_finished", "jobs_finished", lambda: store.count_finished("dead", STAMP)),
                 ("attempts", "attempts_job", lambda: store.attempts("a")),
-                ("cancel", "autoindex_jobs", lambda: store.cancel("a", NOW)),
-                ("delete", "autoindex_jobs", lambda: store.delete(["a", "b"]))):
+                ("cancel", "autoindex_jobs", lambda: store.cancel("a", NOW))):
             with self.subTest(name=name), store.transaction(), \
                     mock.patch.object(store, "query", wraps=store.query) as reads, \
                     mock.patch.object(store, "write", wraps=store.write) as writes:
@@ -1175,6 +1174,17 @@ class OperationsTest(StoreCase):
                 ("config", "set", {"key": "shell", "value": "\ud800"}, "field shell"),
                 ("enqueue", None, None, "a job is a JSON"), ("enqueue", None, "x", "not JSON"),
                 ("enqueue", None, {"job": {"command": "x"}, "cwd": 5}, "field cwd"),
+                ("config", "set", {"key": "on-dead"}, "config unset"),
+                ("show", None, {}, "no job None"), ("logs", None, "none", "no job none"),
+                ("cancel", None, {"ids": ["a"], "state": "pending"}, "field state"),
+                ("cancel", None, {"state": "dead"}, "field state"),
+                ("cancel", None, {"state": "pending", "upto": "x"}, "field upto"),
+                ("cancel", None, ["a"] * 1001, "1 to 1000"), ("cancel", None, 5, "name the jobs"),
+                ("delete", None, {"state": "dead", "older_than": -1}, "field older_than"),
+                ("delete", None, {"state": "failed"}, "field state"),
+                ("wait", None, "a", "ids must be"), ("wait", None, ["none"], "no job none"),
+                ("pause", None, {"reason": {}}, "field reason"),
+                ("daemon", "yield", {"kind": "daemon"}, "does not give way"),
                 ("worker", "start", 0, "field count"), ("worker", "start", True, "field count"),
                 ("worker", "start", "x", "field count"), ("worker", "start", 1001, "field count")):
             with self.subTest(command=command, option=option, value=value):
@@ -1342,6 +1352,12 @@ class QueueCase(unittest.TestCase):
 def parent(pid):
     with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as file:
         return int(file.read().rpartition(b")")[2].split()[1])
+
+
+def handled(pid):
+    """The signals that a process catches."""
+    mask = int(re.search(rb"SigCgt:\s*(\w+)", read("/proc/%d/status" % pid)).group(1), 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
 
 
 class CommandsTest(QueueCase):
@@ -2190,11 +2206,14 @@ class ToolkitTest(QueueCase):
         self.assertEqual(self.show("a", "error", "attempts"), ("cancelled", 1))
 
     def test_the_job_of_a_dead_daemons_worker_can_be_cancelled(self):
-        for restart in (False, True):
+        for restart, trap in ((False, ""), (True, "exit 0")):
             with self.subTest(restart=restart):
                 daemon = self.daemon("--workers", "1")
-                job = self.enqueue("sleep 60", timeout=0)
-                self.wait_for("processing")
+                job = self.enqueue("trap '%s' TERM; echo ready; while :; do sleep 0.1; done" % trap,
+                                   timeout=0)
+                follower = self.spawn("logs", "-f", job)
+                self.assertEqual(follower.stdout.readline(), b"ready\n")
+                self.kill(follower)
                 self.kill(daemon)
                 if restart:
                     daemon = self.daemon("--workers", "1")
@@ -2303,10 +2322,18 @@ class ToolkitTest(QueueCase):
         code, out, err = self.cli("run", "--quiet", "--max-retries", "1", "--", "echo why; exit 6")
         self.assertEqual((code, out), (6, "why\n"))
         self.assertRegex(err, "^job \\S+ died: exit 6; see: logs \\S+\n$")
-        self.enqueue("true", id="holder", unique="k")
+        self.enqueue("true", id="other")
+        self.ok("run", "--", "true")
+        self.assertEqual(self.show("other", "state"), ("pending",))  # nobody else's job is worked
+
+    def test_a_held_key_is_named_and_its_holder_worked_if_nobody_does(self):
+        self.enqueue(self.gate(), id="holder", unique="k", timeout=0)  # what a dead `run` left
         self.assertEqual(self.cli("run", "--quiet", "--unique", "k", "--", "true"), (0, "", ""))
+        self.wait_for("processing")
         self.assertIn("job holder", self.cli("run", "--unique", "k", "--", "true")[2])
-        self.assertEqual(self.show("holder", "state"), ("pending",))  # nobody else's job is worked
+        self.open_gate()
+        self.wait_for("completed")
+        self.assertEqual(len(self.jobs()), 1)
 
     def test_runs_at_once_share_a_temporary_daemon_and_give_way_to_a_real_one(self):
         runs = [self.spawn("run", "--timeout", "0s", "--", self.gate(name)) for name in "ab"]
@@ -2339,6 +2366,109 @@ class ToolkitTest(QueueCase):
                 self.assertEqual(run.wait(), code)
                 self.assertEqual(self.show("job%d" % code, "state", "error"), ("dead", "cancelled"))
 
+    def test_a_run_that_ends_early_leaves_no_job(self):
+        for number in queuectl.ENDINGS:  # at the worst moment: stored, and nobody knows yet
+            with self.subTest(number=number):
+                code = """if True:
+                    import os, signal, sys
+                    sys.path.insert(0, sys.argv.pop(1))
+                    import queuectl
+                    def call(self, command, *args, inner=queuectl.Queue.call, **named):
+                        answer = inner(self, command, *args, **named)
+                        if command == "enqueue":
+                            os.kill(os.getpid(), %d)
+                        return answer
+                    queuectl.Queue.call = call
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+                    queuectl.leave(queuectl.main(sys.argv[1:]))""" % number
+                self.assertEqual(subprocess.call(
+                    [sys.executable, "-c", code, HERE, "run", "--id", "s%d" % number, "--", "true"],
+                    env=self.env, stderr=subprocess.DEVNULL), 130 if number == 2 else 143)
+                self.assertEqual(self.show("s%d" % number, "error"), ("cancelled",))
+        reader, writer = os.pipe()
+        os.close(reader)
+        self.assertEqual(subprocess.call(
+            [sys.executable, SCRIPT, "run", "--id", "pipe", "--", "while echo x; do sleep 0.1; done"],
+            env=self.env, stdout=writer, stderr=subprocess.DEVNULL), 1)
+        os.close(writer)
+        for number in queuectl.ENDINGS:
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        with mock.patch("queuectl.start_in_background", side_effect=queuectl.Failure("no room")):
+            self.assertIn("no room", self.refused("run", "--id", "none", "--", "true"))
+        self.assertEqual(self.show("pipe", "error") + self.show("none", "error"),
+                         ("cancelled",) * 2)
+
+    def test_a_quiet_run_prints_nothing_though_a_try_failed(self):
+        self.ok("config", "set", "delay-base", "1")
+        run = self.spawn("run", "--quiet", "--", "test $QUEUECTL_ATTEMPT = 2")
+        self.assertEqual((run.communicate()[0], run.returncode), (b"", 0))
+
+    def test_a_death_in_a_run_without_a_daemon_is_told_too(self):
+        self.ok("config", "set", "on-dead", "echo $QUEUECTL_DEAD_ID >>%s" % self.path("mail"))
+        self.assertEqual(self.cli("run", "--quiet", "--max-retries", "1", "--", "exit 3")[0], 3)
+        wait_until(lambda: self.read("mail"), "it is told")
+
+    def test_a_temporary_daemon_keeps_no_worker_for_what_has_ended(self):
+        run = self.spawn("run", "--timeout", "0s", "--", self.gate())
+        self.assertEqual(run.stdout.readline(), b"started\n")
+        for _ in range(3):
+            self.ok("run", "--quiet", "--", "true")
+        wait_until(lambda: len(self.ok("worker", "list")) == 1, "one worker is left")
+        self.open_gate()
+        self.assertEqual(run.wait(), 0)
+
+    def test_a_run_that_knows_only_a_socket_outlives_its_daemon(self):
+        first = self.spawn("run", "--timeout", "0s", "--", self.gate("a"))
+        self.assertEqual(first.stdout.readline(), b"started\n")
+        env = {key: value for key, value in self.env.items() if key != "DB_PATH"}
+        second = self.spawn("run", "--timeout", "0s", "--", self.gate("b"), env=env)
+        self.assertEqual(second.stdout.readline(), b"started\n")
+        os.kill(json.loads(self.read("q.db.lock"))["pid"], signal.SIGKILL)
+        for name, run in (("a", first), ("b", second)):
+            self.open_gate(name)
+            self.assertEqual((run.communicate()[0], run.returncode), (b"through\n", 0))
+
+    def test_notifications_of_a_cancel_are_not_cancelled_by_it(self):
+        self.ok("config", "set", "on-dead", "true")
+        count = queuectl.PAGE_JOBS + 1
+        self.ok("enqueue", "-", stdin='{"command":"false"}\n' * count)
+        self.assertIn("%d jobs cancelled" % count, self.prints("cancel", "--state", "pending"))
+        self.assertEqual(self.ok("status")["jobs"]["pending"], count)
+        self.assertIn("%d jobs added" % count, self.prints("dlq", "retry", "--all"))
+
+    def test_any_number_of_jobs_can_be_waited_for_and_deleted(self):
+        ids = ["j%d" % n for n in range(1000)]
+        self.ok("enqueue", "-", stdin="".join('{"command":"x","id":"%s"}\n' % one for one in ids))
+        self.prints("cancel", "--all")
+        self.assertIn("1000 jobs died", self.refused("wait", *ids))
+        self.assertIn("1000 jobs deleted", self.prints("delete", *ids))
+
+    def test_a_chatty_jobs_logs_are_never_empty_and_end(self):
+        self.daemon("--workers", "1")
+        self.enqueue("yes", id="a", timeout=0)
+        wait_until(lambda: self.cli("logs", "a")[1], "it writes")
+        for _ in range(12):
+            self.assertNotEqual(self.prints("logs", "a"), "")
+        self.prints("cancel", "a")
+
+    def test_jobs_of_another_daemons_workers_are_stopped_and_waited_for_too(self):
+        run = self.spawn("run", "--id", "a", "--timeout", "0s", "--", "echo started; sleep 60")
+        self.assertEqual(run.stdout.readline(), b"started\n")
+        self.daemon("--workers", "1")
+        self.ok("worker", "stop", "--now")
+        self.wait_for("pending")
+        self.assertEqual(self.show("a", "attempts"), (0,))
+        self.prints("cancel", "a")
+
+    def test_what_keeps_a_watched_job_waiting_is_told(self):
+        self.enqueue("true", id="a")
+        with mock.patch("queuectl.monotonic", side_effect=itertools.count()):
+            code, _, err = self.cli("wait", "a", "--timeout", "5s")
+        self.assertEqual(code, 124)
+        self.assertIn("waiting for a worker; start one with: worker start\n", err)
+        self.ok("pause")
+        self.assertIn("paused", self.refused("drain"))
+
     def test_drain_works_what_is_ready_and_waits_out_backoffs(self):
         self.ok("config", "set", "delay-base", "1")
         self.enqueue("true", id="later", run_after="2100-01-01")
@@ -2364,6 +2494,26 @@ class ToolkitTest(QueueCase):
         self.assertEqual(drain.wait(), 1)
         self.assertEqual((self.show("a", "state"), self.show("b", "state")),
                          (("completed",), ("dead",)))
+
+    def test_a_drain_that_gave_way_can_be_interrupted(self):
+        self.enqueue(self.gate(), id="a", timeout=0)
+        drain = self.spawn("drain")
+        self.wait_for("processing")
+        self.daemon("--workers", "1")
+        wait_until(lambda: signal.SIGINT in handled(drain.pid), "it watches")
+        drain.send_signal(signal.SIGINT)
+        self.assertEqual(drain.wait(), 130)
+        self.open_gate()
+        self.wait_for("completed")
+
+    def test_a_run_gives_way_to_a_drain(self):
+        run = self.spawn("run", "--timeout", "0s", "--", self.gate())
+        self.assertEqual(run.stdout.readline(), b"started\n")
+        self.enqueue("true", id="b")
+        drain = self.spawn("drain", "--count", "2")
+        wait_until(lambda: self.show("b", "state") == ("completed",), "the other job is worked")
+        self.open_gate()
+        self.assertEqual((drain.wait(), run.wait()), (0, 0))
 
     def test_a_stopped_drain_keeps_the_rest(self):
         self.enqueue(self.gate(), id="a", timeout=0)
