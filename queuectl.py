@@ -29,6 +29,7 @@ Life cycle of a job, and what moves it:
   processing -> dead                 Store.finish: out of retries
   processing -> pending or failed    Store.give_back: not counted
   dead       -> pending              Store.requeue
+  pending or failed -> dead          Store.cancel (a running one: mark_cancelled, then finish)
   pending or failed -> processing    Store.put_back: undoes another program's change
 
 On disk: DB (SQLite, WAL), DB.lock (whoever holds its flock may open DB), DB.log, and DB-run/ with
