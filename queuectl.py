@@ -4079,7 +4079,8 @@ class Queue:
             lock.write("command", None, store.known)
             with contextlib.closing(store):
                 answer = self.do_in(store, request, found)
-        self.note("daemon not running; %s %s" % ("stored in" if found.writes else "read from",
+        stored = found.writes and not request["value"].get("dry_run")
+        self.note("daemon not running; %s %s" % ("stored in" if stored else "read from",
                                                  safe(self.place.db)))
         return answer
 
@@ -5490,12 +5491,12 @@ def cmd_backup(queue, args):
     printed(compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file))))
 
 
-@subcommand("doctor", examples=("doctor", "--db /srv/q.db doctor"))
+@subcommand("doctor", *LISTING, examples=("doctor --format table", "--db /srv/q.db doctor"))
 def cmd_doctor(queue, args):
     """Look for what is or will be wrong, and say what to do about it. Nothing is changed. Exit 0
     if all is well, 1 if not."""
     findings = diagnose(queue, queue.database())
-    printed(indented(findings))
+    print_rows(args, [findings], ("check", "ok", "detail", "advice"))
     wrong = [finding for finding in findings if not finding["ok"]]
     for finding in wrong:
         tell("%(check)s: %(detail)s; %(advice)s" % finding)
