@@ -2306,8 +2306,8 @@ class ToolkitTest(QueueCase):
     def test_following_is_live_and_exact_even_when_output_is_cut(self):
         self.daemon("--workers", "1")
         self.ok("config", "set", "output-limit", "1000")
-        self.enqueue("echo first; read line <%s; seq 400000" % self.path("gate"), id="a", timeout=0)
         os.mkfifo(self.path("gate"))
+        self.enqueue("echo first; read line <%s; seq 400000" % self.path("gate"), id="a", timeout=0)
         process = subprocess.Popen([sys.executable, SCRIPT, "logs", "-f", "a"], env=self.env,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual(process.stdout.readline(), b"first\n")
