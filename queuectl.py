@@ -4708,8 +4708,10 @@ limit_flag = flag_type(lambda text: in_range(whole(text), 0, 10 ** 9))
 # The one place of each grammar: a job's flags, which jobs are meant, how a list is shown.
 WHAT = arg("job", nargs="?", metavar="JOB",
            help="the job as JSON, - for a job a line from stdin, or -- CMD ARG ...")
+LINE = arg("job", nargs="?", metavar="-- CMD ARG ...", help="one argument alone is a shell line")
 JOB_FLAGS = (
-    arg("--id"), arg("--priority", type=int, metavar="N", help="-1000 to 1000, higher first"),
+    arg("--id", help="default: made of the time"),
+    arg("--priority", type=int, metavar="N", help="-1000 to 1000, higher first"),
     arg("--delay", type=duration_flag, metavar="DUR", help="not before so long from now: 90s, 5m"),
     arg("--at", type=time_flag, metavar="TIME", help="not before: 2026-01-15T10:30:00Z"),
     arg("--timeout", type=duration_flag, metavar="DUR", help="longest run of an attempt, 0s: none"),
@@ -5250,7 +5252,7 @@ def attend(queue, job_id, quiet):
         raise
 
 
-@subcommand("run", WHAT, *JOB_FLAGS, arg("--quiet", action="store_true",
+@subcommand("run", LINE, *JOB_FLAGS, arg("--quiet", action="store_true",
                                          help="print nothing unless the job dies"),
             examples=("run --quiet --unique backup --timeout 2h -- /usr/local/bin/backup",
                       "run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"))
@@ -5623,7 +5625,7 @@ def parse(argv):
         parse_group(name, words[1:])
     function, arguments, examples = COMMANDS[name]
     rest = words[len(name.split()):]
-    if WHAT in arguments and "--" in rest:
+    if arguments[:1] and arguments[0] in (WHAT, LINE) and "--" in rest:
         at = rest.index("--")
         rest, args.argv = rest[:at], rest[at + 1:]
     parser = new_parser("queuectl " + name, description=re.sub("\n +", "\n", function.__doc__),
