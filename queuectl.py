@@ -3352,12 +3352,8 @@ def open_store(db, known):
     return patiently(lambda: Store(db, known))
 
 
-LOADER = """import marshal, os, sys
-FROM_CODE, __file__, fd = True, sys.argv[2], int(sys.argv[1])
-del sys.argv[:2]
-with os.fdopen(fd, "rb") as file:
-    code = marshal.load(file)
-exec(code)"""
+LOADER = ("import marshal, sys; FROM_CODE = open(int(sys.argv[1]), 'rb'); __file__ = sys.argv[2];"
+          " del sys.argv[:2]; code = FROM_CODE.read(); FROM_CODE.close(); exec(marshal.loads(code))")
 
 
 def shed_syntax_tree():
@@ -3365,7 +3361,8 @@ def shed_syntax_tree():
     main script, some 10 MiB, as long as that runs. Where it can't be, nothing is lost but that."""
     import marshal
     import tempfile
-    if __name__ != "__main__" or "FROM_CODE" in globals() or sys.flags.isolated:
+    if (__name__ != "__main__" or "FROM_CODE" in globals() or sys.flags.isolated
+            or not sys.executable):
         return
     with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
         file.write(marshal.dumps(CODE))

@@ -1531,6 +1531,17 @@ class DaemonTest(QueueCase):
         self.assertIn("pid %d" % first.pid, self.refused("daemon"))
         self.assertEqual(self.ok("daemon", "status")["pid"], first.pid)
 
+    @unittest.skipUnless(os.path.isdir("/proc/self"), "needs /proc")
+    def test_it_runs_from_its_compiled_code_unless_isolated(self):
+        daemon = self.daemon()
+        self.assertIn(b"FROM_CODE", read("/proc/%d/cmdline" % daemon.pid))
+        self.kill(daemon)
+        isolated = subprocess.Popen([sys.executable, "-I", SCRIPT, "daemon"], env=self.env,
+                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.daemons.append(isolated)
+        self.assertIn(b"ready", isolated.stdout.readline())
+        self.assertNotIn(b"FROM_CODE", read("/proc/%d/cmdline" % isolated.pid))
+
     def test_the_socket_is_private_and_a_stale_one_is_replaced(self):
         first = self.daemon()
         self.assertEqual(os.stat(self.sock).st_mode & 0o777, 0o600)
