@@ -213,9 +213,7 @@ def plural(count, noun):
     return "%d %s%s" % (count, noun, "" if count == 1 else "s")
 
 
-def compact(value):
-    """`value` as JSON in one ASCII line."""
-    return json.dumps(value, separators=(",", ":"))
+compact = json.JSONEncoder(separators=(",", ":")).encode  # a value as JSON in one ASCII line
 
 
 # ---- Errors -------------------------------------------------------------------------------------
@@ -1646,7 +1644,7 @@ def inspect(path):
 # Two locks speak for an attempt when nobody else can: the worker's file is locked as long as the
 # worker lives, the run file as long as the worker or anything that the command left behind.
 
-RECORD_BYTES = 8192  # a detail of 400 characters takes 12 bytes each as JSON, at worst
+RECORD_BYTES = 4096  # a detail of 300 characters takes 12 bytes each as JSON, at worst
 UNSTARTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT,
              errno.EROFS, errno.EIO)  # the host's fault, not the job's: burns no retry
 
@@ -1763,7 +1761,7 @@ def exit_status(process):
 class Attempt:
     """One run of one command, on its worker's side.
 
-    `order` is what the daemon sent: serial, command, shell, cwd, env (all of it), timeout (ms)
+    `order` is what the daemon sent: serial, command, shell, cwd, env (None: ours), timeout (ms)
     and limit (bytes of output kept). `note(**record)` writes the worker's record.
     """
 
@@ -1787,7 +1785,7 @@ class Attempt:
 
     def start(self, now):
         """Make and lock the run file, then start the command."""
-        self.note(serial=self.serial, phase="starting")
+        self.note(serial=self.serial, phase="starting")  # no room for it: better now than later
         try:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(self.file, fcntl.LOCK_EX)
@@ -1849,9 +1847,9 @@ class Attempt:
 
     def drain(self):
         """Take what is in the pipe now: whoever still writes there is not waited for."""
-        import termios
         if self.output is None:
             return
+        import termios
         left = struct.unpack("i", fcntl.ioctl(self.output, termios.FIONREAD, b"\0" * 4))[0]
         while left > 0:
             data = os.read(self.output, min(left, 65536))
@@ -1919,7 +1917,7 @@ class Attempt:
         """Note the outcome, then reap: until then the pid can't have become another's."""
         process = self.process
         self.note(serial=self.serial, phase="ended", pid=process and process.pid, reason=reason,
-                  status=self.status, detail=detail[:400], size=self.size, dropped=self.dropped,
+                  status=self.status, detail=detail[:300], size=self.size, dropped=self.dropped,
                   at=now_ms())
         self.over, self.deadline = True, None
         if process:
@@ -2162,20 +2160,23 @@ def ask(path, request, patience=ANSWER_S):
 # come down its socket, a doorbell byte goes up, all else stands in its file. Without the daemon
 # it finishes its job, notes the outcome and leaves.
 
-def inherited_environment():
-    """The daemon's environment as bytes, less what its service manager meant for it alone."""
-    return {name: value for name, value in os.environb.items()
-            if not name.startswith((b"LISTEN_", b"WATCHDOG_")) and name != b"NOTIFY_SOCKET"}
+def own_environment():
+    """Take out of the environment what the daemon's service manager meant for it alone."""
+    for name in list(os.environb):
+        if name.startswith((b"LISTEN_", b"WATCHDOG_")) or name == b"NOTIFY_SOCKET":
+            del os.environb[name]
 
 
-def job_environment(inherited, order):
-    """What a command finds in its environment: the daemon's, the job's, ours."""
-    env = dict(inherited)
-    for name, value in order["env"].items():
-        env[name.encode()] = value.encode()
-    env[b"QUEUECTL_JOB_ID"] = order["id"].encode()
-    env[b"QUEUECTL_ATTEMPT"] = str(order["attempt"]).encode()
-    return env
+def job_environment(order):
+    """What a command finds in its environment: the worker's, the job's, ours. None: the worker's,
+    with ours in it, which costs no copy."""
+    ours = {b"QUEUECTL_JOB_ID": order["id"].encode(),
+            b"QUEUECTL_ATTEMPT": str(order["attempt"]).encode()}
+    if order["env"]:
+        own = {name.encode(): value.encode() for name, value in order["env"].items()}
+        return {**os.environb, **own, **ours}
+    os.environb.update(ours)
+    return None
 
 
 class Worker:
@@ -2189,7 +2190,7 @@ class Worker:
         self.attempt = None
         self.hearing = None      # the output that is polled
         self.leaving = False     # the daemon wants no more of it, or is gone
-        self.env = inherited_environment()
+        own_environment()
         self.wake, wake_fd = os.pipe()
         for fd in (self.wake, wake_fd):
             os.set_blocking(fd, False)
@@ -2266,7 +2267,7 @@ class Worker:
                 self.attempt.on_message(message["reason"], now)
             return
         attempt = self.attempt = Attempt(message, self.spool.run(message["serial"]), self.note)
-        message["env"] = job_environment(self.env, message)
+        message["env"] = job_environment(message)
         attempt.start(now)
 
     def note(self, **record):
