@@ -971,26 +971,26 @@ class Store:
         self.error = sqlite3.Error
         if self.path != ":memory:":
             self.guard()
-        with self.translated():
+        try:
             self.connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
             self.synchronous = None
-            try:
-                # A turn touches a few rows in each of many trees: small pages are less to write.
-                self.connection.execute("PRAGMA page_size = 1024")
-                version = self.identify()
-                if self.path != ":memory:":
-                    self.file = os.stat(self.path)
-                    if self.value("PRAGMA journal_mode = WAL") != "wal":
-                        raise StorageError("%s can't use WAL; check its file system"
-                                           % safe(self.path))
-                self.connection.execute("PRAGMA journal_size_limit = 8388608").fetchall()
-                for number in range(version, len(MIGRATIONS)):
-                    self.migrate(number)
-                self.known = self.meta("identity")
-                self.read_settings()
-            except BaseException:
-                self.close()
-                raise
+            version = self.identify()
+            # A new file's: a turn of the loop touches a dozen pages, each written whole.
+            self.query("PRAGMA page_size = 1024")
+            if self.path != ":memory:":
+                self.file = os.stat(self.path)
+                if self.value("PRAGMA journal_mode = WAL") != "wal":
+                    raise StorageError("%s can't use WAL; check its file system" % safe(self.path))
+            self.query("PRAGMA journal_size_limit = 8388608")
+            for number in range(version, len(MIGRATIONS)):
+                self.migrate(number)
+            self.known = self.meta("identity")
+            self.read_settings()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, self.error):
+                raise storage_error(self.path, error)
+            raise
 
     def guard(self):
         """See that the file is ours, or make it; never while a connection to it is open."""
@@ -1028,8 +1028,8 @@ class Store:
         with self.transaction():
             if self.value("PRAGMA user_version") == number:
                 for statement in MIGRATIONS[number]:
-                    self.connection.execute(statement)
-                self.connection.execute("PRAGMA user_version = %d" % (number + 1))
+                    self.query(statement)
+                self.query("PRAGMA user_version = %d" % (number + 1))
                 self.query("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
 
     def close(self):
@@ -1041,30 +1041,21 @@ class Store:
     # -- transactions
 
     @contextlib.contextmanager
-    def translated(self):
-        """sqlite3's errors as ours."""
-        try:
-            yield
-        except self.error as error:
-            raise storage_error(self.path, error)
-
-    @contextlib.contextmanager
     def transaction(self, *, durable=True):
         """All or nothing; with `durable` it is on the disk when the block has ended."""
         if self.connection is None:
             self.open()
-        with self.translated():
-            level = "FULL" if durable else "NORMAL"
-            if self.synchronous != level:  # before BEGIN: SQLite ignores it in a transaction
-                self.connection.execute("PRAGMA synchronous = " + level)
-                self.synchronous = level
-            self.connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self.connection.execute("COMMIT")
-            except BaseException:
-                self.rollback()
-                raise
+        level = "FULL" if durable else "NORMAL"
+        if self.synchronous != level:  # before BEGIN: SQLite ignores it in a transaction
+            self.query("PRAGMA synchronous = " + level)
+            self.synchronous = level
+        self.query("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.query("COMMIT")
+        except BaseException:
+            self.rollback()
+            raise
         if durable:
             self.check_file()
 
@@ -1077,7 +1068,7 @@ class Store:
         try:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
-            if isinstance(sys.exc_info()[1], (StorageError, self.error)):
+            if isinstance(sys.exc_info()[1], StorageError):
                 self.close()
         except self.error:
             self.close()
@@ -1085,16 +1076,16 @@ class Store:
     @contextlib.contextmanager
     def savepoint(self):
         """Inside a transaction: what the block wrote is undone if it fails."""
-        self.connection.execute("SAVEPOINT request")
+        self.query("SAVEPOINT request")
         try:
             yield
         except Exception:
             if self.in_transaction():
-                self.connection.execute("ROLLBACK TO request")
+                self.query("ROLLBACK TO request")
             raise
         finally:
             if self.in_transaction():
-                self.connection.execute("RELEASE request")
+                self.query("RELEASE request")
 
     def check_file(self):
         """Raise Replaced unless the path still leads to the file that is open: SQLite goes on
@@ -1981,6 +1972,7 @@ class Channel:
         self.inbox = bytearray()
         self.outbox = bytearray()
         self.pages = None
+        self.watched = 0              # the events asked of the loop
         self.open = True
         self.ended = False            # the other side sends no more
         self.busy = False             # a request of it is being worked on
@@ -2039,9 +2031,10 @@ class Channel:
 
     def watch(self):
         """Ask the loop for what this channel waits for."""
-        if self.open:
-            self.loop.want(self.sock, (0 if self.ended else READ) | (WRITE if self.outbox else 0),
-                           self.on_event)
+        events = (0 if self.ended else READ) | (WRITE if self.outbox else 0)
+        if self.open and events != self.watched:
+            self.watched = events
+            self.loop.want(self.sock, events, self.on_event)
 
     def idle(self):
         """Whether nothing is asked and nothing is left to send."""
