@@ -1879,17 +1879,16 @@ class Attempt:
         elif self.kill_at is None:
             self.stop("timeout", now)
         else:
-            self.kill(now)
+            self.signal(signal.SIGKILL, now)
 
     def stop(self, reason, now):
         """SIGTERM to all of it; SIGKILL after the grace. The first reason stands."""
         self.reason = self.reason or reason
         if self.kill_at is None:
-            signal_command(self.process.pid, self.path, signal.SIGTERM)
-            self.kill_at = self.deadline = now + GRACE_S
+            self.signal(signal.SIGTERM, now)
 
-    def kill(self, now):
-        signal_command(self.process.pid, self.path, signal.SIGKILL)
+    def signal(self, number, now):
+        signal_command(self.process.pid, self.path, number)
         self.kill_at = self.deadline = now + GRACE_S
 
     def sweep(self, now):
@@ -1901,7 +1900,7 @@ class Attempt:
         if self.kill_at is None:
             self.stop("", now)
         elif now >= self.kill_at:
-            self.kill(now)
+            self.signal(signal.SIGKILL, now)
         self.deadline = now + 0.02  # nothing wakes us when a lock is freed
 
     def finish(self, reason, detail=""):
@@ -1938,13 +1937,9 @@ class Loop:
 
     def want(self, sock, events, callback):
         """Watch `sock` for READ, WRITE, both, or 0: not at all."""
-        known = self.selector.get_map().get(sock)
-        if not events:
-            self.remove(sock)
-        elif known is None:
+        self.remove(sock)
+        if events:
             self.selector.register(sock, events, callback)
-        elif known.events != events:
-            self.selector.modify(sock, events, callback)
 
     def remove(self, sock):
         with contextlib.suppress(KeyError, ValueError):
