@@ -52,6 +52,11 @@ ORIGINAL = """
     INSERT INTO jobs (id, command) VALUES ('old', 'true');"""
 
 
+def setUpModule():
+    """A shell that runs the tests in the background has SIGINT ignored: our children would too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def wait_until(predicate, what, seconds=30, every_s=0.01):
     """What `predicate()` returns once it is true; the only sleep of the tests."""
     deadline = time.monotonic() + seconds
