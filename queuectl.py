@@ -3289,6 +3289,19 @@ def make_server(path, on_connection, on_request):
     return server
 
 
+def utter(stream, text, fd):
+    """Write for whoever still listens. A dead end is led to /dev/null: each fork flushes the
+    streams first, and would fail on what is left in their buffers."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, fd)
+            os.close(null)
+
+
 class Log:
     """DB.log and stderr: a line for each thing an operator should know; never a payload."""
 
@@ -3311,9 +3324,7 @@ class Log:
                     os.rename(self.path, self.path + ".1")
             finally:
                 os.close(fd)
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(line)
-            sys.stderr.flush()
+        utter(sys.stderr, line, 2)
 
 
 def notify(text):
@@ -4915,8 +4926,7 @@ def cmd_enqueue(queue, args):
 
 def announce(line):
     """The ready line; whoever started us may have closed its end."""
-    with contextlib.suppress(OSError):
-        printed(line)
+    utter(sys.stdout, line + "\n", 1)
 
 
 @subcommand("daemon", arg("--workers", type=count_flag, metavar="N", help="workers wanted from now on"),

@@ -1225,7 +1225,8 @@ class QueueCase(unittest.TestCase):
         self.db = os.path.join(self.dir, "q.db")
         self.sock = os.path.join(self.dir, "s")
         self.env = dict(os.environ, DB_PATH=self.db, SOCKET_PATH=self.sock)
-        self.env.pop("PYTHONPATH", None)
+        for name in ("PYTHONPATH", "PYTHONUNBUFFERED"):  # users have buffers
+            self.env.pop(name, None)
         self.daemons = []
 
     def kill_all(self):
@@ -1546,6 +1547,16 @@ class DaemonTest(QueueCase):
         self.daemons.append(isolated)
         self.assertIn(b"ready", isolated.stdout.readline())
         self.assertNotIn(b"FROM_CODE", read("/proc/%d/cmdline" % isolated.pid))
+
+    def test_a_daemon_that_nobody_listens_to_still_starts_workers(self):
+        # This command is gone once it is done, and with it the other end of the daemon's stderr.
+        subprocess.check_call([sys.executable, SCRIPT, "worker", "start"], env=self.env,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.enqueue("false", max_retries=1)
+        self.wait_for("dead")
+        wait_until(lambda: "job dead" in self.read("q.db.log"), "the log tells")
+        self.ok("worker", "start")
+        wait_until(lambda: self.ok("status")["workers"] == 2, "there are two")
 
     def test_the_socket_is_private_and_a_stale_one_is_replaced(self):
         first = self.daemon()
