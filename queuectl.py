@@ -4425,7 +4425,7 @@ def judge(found, limits, prefix=None):
     """(exit status, line) as monitoring plugins have them, from what `check` found and the highest
     values allowed, None for any."""
     waiting, problems, data = found["pending"] + found["failed"], [], []
-    daemon = found.pop("daemon")
+    daemon, paused = found.pop("daemon"), found.pop("paused", None)
     for name, value in found.items():
         unit, limit = "s" if name in ("age", "ended") else "", limits.get(name)
         shown = "U" if value is None else "%d%s" % (value, unit)
@@ -4439,7 +4439,7 @@ def judge(found, limits, prefix=None):
         problems.append("no daemon runs")
     elif waiting and not found["workers"]:
         problems.append("no worker runs")
-    if "paused" in found:
+    if paused is not None:
         problems.append("paused")
     status = status or int(bool(problems))
     problems.append("%s waiting, %d dead" % (plural(waiting, "job"), found["dead"]))

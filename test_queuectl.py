@@ -3281,6 +3281,8 @@ class MonitoringTest(QueueCase):
                 (1, "no worker runs", found(workers=0, failed=1), {}),
                 (0, "OK", found(workers=0, processing=1), {}),  # they end after their jobs
                 (1, "no daemon runs", found(False, 0, processing=1), {}),
+                (1, "paused, 0 jobs waiting", found(paused=""), {}),
+                (1, "paused, 0 jobs waiting", found(paused="disk swap"), {}),
                 (0, "OK", found(pending=9), {"pending": 9, "dead": None}),
                 (2, "pending is 10, over 9", found(pending=10), {"pending": 9}),
                 (2, "dead is 1, over 0, no daemon runs", found(False, 0, pending=1, dead=1),
