@@ -4942,6 +4942,7 @@ def cmd_daemon(queue, args):
     make_default_folder(place)
     if args.detach:
         options = [] if args.workers is None else ["--workers", str(args.workers)]
+        options += [] if args.grace is None else ["--grace", "%dms" % args.grace]
         tell(start_in_background(place, *options))
         return None
     if args.only is None:

@@ -3863,6 +3863,11 @@ class InstallTest(QueueCase):
         self.assertEqual(table["frob now"], [("1", ""), ("2", "")])
         self.assertEqual(table["frob now --colour"], [("red", ""), ("blue", "")])
 
+    def test_a_daemon_in_the_background_gets_all_that_it_was_given(self):
+        with mock.patch("queuectl.start_in_background", return_value="ready") as start:
+            self.cli("daemon", "--detach", "--workers", "2", "--grace", "30s")
+        self.assertEqual(start.call_args[0][1:], ("--workers", "2", "--grace", "30000ms"))
+
     def script(self, shell):
         code, out, _ = self.cli("completion", shell)
         self.assertEqual(code, 0)
