@@ -53,8 +53,11 @@ ORIGINAL = """
 
 
 def setUpModule():
-    """A shell that runs the tests in the background has SIGINT ignored: our children would too."""
+    """What the shell brings is not for the tests: a queue of its own, and SIGINT ignored where it
+    runs them in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("DB_PATH", "SOCKET_PATH", "NOTIFY_SOCKET", "NO_COLOR"):
+        os.environ.pop(name, None)
 
 
 def wait_until(predicate, what, seconds=30, every_s=0.01):
