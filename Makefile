@@ -80,6 +80,10 @@ test: ## the tests; T=DaemonTest, or T=DaemonTest.test_name, picks some
 	if [ $$# -gt 0 ]; then exec $(PYTHON) -m unittest "$$@"; else exec $(PYTHON) test_queuectl.py; fi
 
 test-all: $(addprefix test-3.,6 7 8 9 10 11 12 13 14) ## the tests on every python3.6 to python3.14 of the PATH
+	@for minor in 6 7 8 9 10 11 12 13 14; do \
+	    python3.$$minor -c 'import sqlite3' >/dev/null 2>&1 && exit 0; \
+	done; \
+	echo 'test-all: no python3.6 to python3.14 on the PATH' >&2; exit 1
 
 test-3.%:
 	@python=python3.$*; path=$$(command -v $$python) || exit 0; \

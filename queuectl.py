@@ -929,7 +929,8 @@ MIGRATIONS = (
 
 # ---- Store --------------------------------------------------------------------------------------
 # The only SQL but for the schema. Whoever makes a Store holds the queue's lock. Every write is made
-# inside `transaction()`, takes the time as `now` (ms), and names the arrow it stands for.
+# inside `transaction()`, takes the time as `now` (ms), and names the arrow it stands for. At the
+# end: what `backup` and `doctor` read, in a process of their own, beside whoever writes.
 
 COLUMNS = ", ".join('"%s"' % name for name in Job._fields)
 ATTEMPT = ("number", "worker", "started_at", "finished_at", "exit_code", "signal", "error",
@@ -1299,7 +1300,8 @@ class Store:
         over = verdict.state in FINISHED
         if not self.write("""UPDATE jobs
                              SET state = ?, attempts = ?, due = ?,
-                                 run_after = COALESCE(?, run_after), exit_code = ?, error = ?, finished_at = ?, updated_at = ?,
+                                 run_after = COALESCE(?, run_after), exit_code = ?, error = ?,
+                                 finished_at = ?, updated_at = ?,
                                  locked_at = NULL, serial = NULL
                              WHERE id = ? AND serial = ?""", (
                 verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
@@ -1377,11 +1379,14 @@ class Store:
                                              WHERE finished_at < ? AND state = ?
                                              LIMIT ?)""", (before, state, PURGE))
 
+    def kept_since(self, now):
+        """The date before which completed jobs are not kept; "", before all dates: all are."""
+        kept = self.settings["retention"]
+        return iso(now - max(kept, KEEP_MS)) if kept else ""
+
     def purge_expired(self, now):
         """Delete completed jobs older than the `retention`, some at a time; the number of them."""
-        if not self.settings["retention"]:
-            return 0
-        return self.purge("completed", iso(now - max(self.settings["retention"], KEEP_MS)))
+        return self.purge("completed", self.kept_since(now))
 
     def count_finished(self, state, before):
         """How many jobs in `state` finished before that date."""
@@ -1390,12 +1395,10 @@ class Store:
 
     def has_chores(self, now):
         """Whether there are rows to adopt or to purge."""
-        kept = self.settings["retention"]
-        before = iso(now - max(kept, KEEP_MS)) if kept else ""
         return self.value("""SELECT EXISTS (SELECT 1 FROM jobs WHERE due = 0)
                                  OR EXISTS (SELECT 1 FROM jobs INDEXED BY jobs_finished
                                             WHERE finished_at < ? AND state = 'completed')""",
-                          (before,)) == 1
+                          (self.kept_since(now),)) == 1
 
     # -- looking
 
@@ -1422,11 +1425,8 @@ class Store:
                                     exit_code, error
                              FROM jobs WHERE id IN (%s)""" % marks(ids), ids)
 
-    def unsettled(self, now, only=None):
-        """Whether jobs run, are ready or wait for another try: of those in `only`, or (None) of
-        all but those that wait for the time a user gave."""
-        if only is not None:
-            return any(row[1] is None for row in self.ended(list(only)))
+    def unsettled(self, now):
+        """Whether jobs run, are ready or wait for another try; not for the time a user gave."""
         return self.value("""SELECT EXISTS (SELECT 1 FROM running)
                                  OR EXISTS (SELECT 1 FROM jobs WHERE ready = 1)
                                  OR EXISTS (SELECT 1 FROM jobs WHERE due <= ?)
@@ -2498,7 +2498,8 @@ class Pool:
             if hand.claim and (hand.leaving or not leaving):
                 hand.channel.send(encode({"stop": hand.claim.serial, "reason": "stopped"}))
         for orphan in self.orphans.values():
-            orphan.reason, self.look_at = orphan.reason or "stopped", 0.0
+            if orphan.attended:
+                orphan.reason, self.look_at = orphan.reason or "stopped", 0.0
 
     def cancel(self, serials):
         """Have these commands stopped for good; once more does no harm."""
@@ -2650,7 +2651,7 @@ def selected(context, states, ids, state, after, upto=None):
     if state is not None:
         if state not in states or ids:
             raise BadField("state", "must be one of %s, and without ids" % ", ".join(states))
-        upto = context.store.last_row() if upto is None else checked("upto", as_int, upto, 0, 1 << 62)
+        upto = checked("upto", as_int, context.store.last_row() if upto is None else upto, 0, 1 << 62)
         rows = context.store.jobs(state, checked("after", as_int, after, 0, 1 << 62), PAGE_JOBS)
         jobs = [job for rowid, job in rows if rowid <= upto]
         return jobs, {"next": rows[-1][0] if len(jobs) == PAGE_JOBS else None, "upto": upto}
@@ -2814,8 +2815,8 @@ def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
             raise Failure(obstacle)
         else:
             refused.append(obstacle)
-    named = "" if state else ", ".join(job.id for job in jobs)
-    return reply("%s%s added to queue" % ("Jobs" if len(jobs) > 1 else "Job", named and " " + named),
+    named = ("Jobs " if len(jobs) > 1 else "Job ") + ", ".join(job.id for job in jobs)
+    return reply((plural(len(jobs), "job") if state else named) + " added to queue",
                  count=len(jobs) - len(refused), refused=refused, **page)
 
 
@@ -3571,7 +3572,7 @@ class Daemon:
                 hand.claim for hand in self.pool.hands.values()):
             return False
         with contextlib.suppress(StorageError):
-            return not self.store.unsettled(now_ms(), self.only)
+            return not (self.store.unsettled(now_ms()) if self.only is None else self.only)
         return False
 
     def uptime_s(self):
@@ -3645,6 +3646,7 @@ class Daemon:
         self.pool.reap()
         try:
             self.store.read_settings()
+            self.heed()
             self.chores = self.store.has_chores(now_ms()) or self.commands > 0
             self.notice_clock()
             self.tell_status()
@@ -3926,7 +3928,7 @@ class Daemon:
 
 # ---- Client -------------------------------------------------------------------------------------
 # Where a command finds its queue, and how it has its request done: by whoever holds the lock, or,
-# if nobody does, here.
+# if nobody does, here. At the end: what `doctor` looks at.
 
 # db, socket: absolute paths; …_given: by flag or environment, else the default
 Place = collections.namedtuple("Place", "db db_given socket socket_given")
@@ -4148,7 +4150,7 @@ def start_in_background(place, *options):
         raise Failure("the daemon did not start: %s" % safe(lines[-1]))
 
 
-# What `doctor` looks at. Each returns what it saw or raises a Failure: "what is wrong; the way out".
+# Each returns what it saw, or raises a Failure: "what is wrong; the way out".
 
 def look_at_versions(sqlite):
     text = ".".join(map(str, sqlite))
@@ -4294,7 +4296,8 @@ def diagnose(queue, db):
 
 
 # ---- Output -------------------------------------------------------------------------------------
-# What users see: results as JSON, on stdout; the rest is for people, on stderr.
+# What users see: results on stdout, as JSON or in the form that a monitoring system, systemd or a
+# shell wants; the rest is for people, on stderr.
 
 def indented(value):
     return json.dumps(value, indent=2)
@@ -4621,8 +4624,7 @@ def printed(text, end="\n", stream=None):
 
 def tell(line):
     """For people: a full disk or a closed pipe there is no reason to fail."""
-    with contextlib.suppress(OSError):
-        printed(line, stream=sys.stderr)
+    utter(sys.stderr, line + "\n", 2)
 
 
 def write_bytes(data):
@@ -4740,7 +4742,7 @@ def each_answer(queue, args, states, command, option=None, **more):
     if args.ids:
         yield queue.call(command, option, ids=args.ids, **more)
     elif not args.state and not args.all:
-        raise Usage("name the jobs, or give --state S or --all")
+        raise Usage("name the jobs, or give --all" + " or --state S" * (len(states) > 1))
     upto = None
     for state in (args.state,) if args.state else states if args.all else ():
         after = 0
@@ -4909,6 +4911,9 @@ def cmd_enqueue(queue, args):
         job = fields
     elif job is None:
         raise Usage("a job is missing: JSON, or a command after --, like: enqueue -- make -j4")
+    elif job[:1].isalnum() or job[:1] in "./":
+        raise Failure('a job is a JSON object like {"command":"true"}; a command goes after --,'
+                      " like: enqueue -- make -j4")
     elif fields:
         job = decode_json(job, "the job")
         job = dict(job, **fields) if isinstance(job, dict) else job
@@ -5023,9 +5028,10 @@ def watch_status(queue):
             (start, first), (end, last) = samples[0], samples[-1]
             rate = (last - first) / (end - start) if end > start else 0.0
             drawing.show(watch_lines(told, rate, drawing.stream))
-            plain = dict(told["jobs"], workers=told["workers"])
+            plain = " ".join("%s %d" % pair for pair in told["jobs"].items()) + (
+                " workers %d%s" % (told["workers"], " paused" * ("paused" in told)))
             if not drawing.able and plain != before:
-                printed(" ".join("%s %s" % pair for pair in plain.items()))
+                printed(plain)
                 before = plain
             time.sleep(POLL_S)
     finally:
@@ -5128,9 +5134,10 @@ def cmd_logs(queue, args):
     with watching():
         answer = follow(queue, args.id, write_bytes, attempt=args.attempt, to_end=args.follow)
     if answer["serial"] is None:
-        raise Failure("job %s has no such attempt; see: show %s" % (safe(args.id), safe(args.id))
-                      if args.attempt else "job %s has not run yet; follow it with: logs -f %s"
-                      % (safe(args.id), safe(args.id)))
+        raise Failure("job %s %s %s" % (safe(args.id), (
+            "has no such attempt; see: show" if args.attempt else "never ran; see: show"
+            if answer["state"] in FINISHED else "has not run yet; follow it with: logs -f"),
+            safe(args.id)))
 
 
 def ended_with(code, message):
@@ -5185,8 +5192,8 @@ def watch_progress(steps, timeout):
             if done >= total:
                 return
             if timeout is not None and monotonic() > start + timeout / 1000.0:
-                raise ended_with(124, "after %s only %d of %s had ended; they go on" % (
-                    lapse(timeout / 1000.0), done, plural(total, "job")))
+                raise ended_with(124, "after %s %d of %d jobs had ended; the rest goes on" % (
+                    lapse(timeout / 1000.0), done, total))
             next(idle)
     finally:
         drawing.close()
@@ -5485,7 +5492,7 @@ def cmd_backup(queue, args):
     path = queue.database()
     if not os.path.exists(path):
         raise Failure("no queue at %s; name it with --db" % safe(path))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half of it is left
+    signal.signal(signal.SIGTERM, terminate)  # so that no half of it is left
     count = back_up(path, os.path.abspath(args.file))
     printed(compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file))))
 
@@ -5514,6 +5521,11 @@ def cmd_systemd(queue, args):
                         else ("/etc/systemd/system", "", "")))
 
 
+def summary(name):
+    """The first sentence of a command's help."""
+    return " ".join(COMMANDS[name][0].__doc__.split()).partition(". ")[0].rstrip(".")
+
+
 def completions():
     """{what was typed: [(word, what it is)]} of all commands. After `COMMAND -` there are flags,
     after `COMMAND --flag` its values, none where they can't be known."""
@@ -5522,10 +5534,9 @@ def completions():
               ("--help", "show help")]
     settings = [(key, setting.about) for key, setting in SETTINGS.items()]
     table[" -"] = common + [("--version", "show the version")]
-    for name, (function, arguments, _) in COMMANDS.items():
+    for name, (_, arguments, _) in COMMANDS.items():
         group, _, last = name.rpartition(" ")
-        about = " ".join(function.__doc__.split()).partition(". ")[0].rstrip(".")
-        table[group].append((last, about))
+        table[group].append((last, summary(name)))
         if group and group not in dict(table[""]):
             table[""].append((group, ""))
         table.setdefault(group + " -", common)
@@ -5573,11 +5584,6 @@ def new_parser(prog, **options):
     parser.add_argument("--socket", metavar="PATH", default=argparse.SUPPRESS,
                         help="the daemon's socket (else SOCKET_PATH)")
     return parser
-
-
-def summary(name):
-    """The first sentence of a command's help."""
-    return " ".join(COMMANDS[name][0].__doc__.split()).partition(". ")[0].rstrip(".")
 
 
 def overview(prefix=""):

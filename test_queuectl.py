@@ -1218,6 +1218,11 @@ def processes_of(folder):
     return found
 
 
+def parent(pid):
+    with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
+
+
 class QueueCase(unittest.TestCase):
     """A queue in a directory of its own, with what is needed to drive it."""
 
@@ -1356,11 +1361,6 @@ class QueueCase(unittest.TestCase):
                     break
                 answer += piece
             return json.loads(answer.decode())
-
-
-def parent(pid):
-    with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[1])
 
 
 def handled(pid):
@@ -2148,6 +2148,8 @@ class ToolkitTest(QueueCase):
             with self.subTest(args=args):
                 self.assertIn(words, self.refused("enqueue", *args, status=2))
         self.assertIn("after --", self.refused("run", "true", status=2))
+        self.assertIn("enqueue -- make", self.refused("enqueue", "make"))
+        self.assertNotIn("--state", self.refused("dlq", "retry", status=2))
         self.assertIn("--state S", self.refused("cancel", status=2))
         self.assertIn("--all", self.refused("delete", "a", "--all", status=2))
         self.assertFalse(os.path.exists(self.db))
@@ -2332,6 +2334,8 @@ class ToolkitTest(QueueCase):
         self.assertIn("no such attempt", self.refused("logs", "a", "--attempt", "3"))
         self.enqueue("true", id="b", run_after="2100-01-01")
         self.assertIn("logs -f b", self.refused("logs", "b"))
+        self.prints("cancel", "b")
+        self.assertIn("never ran; see: show b", self.refused("logs", "b"))
 
     def test_following_is_live_and_exact_even_when_output_is_cut(self):
         self.daemon("--workers", "1")
@@ -3549,7 +3553,7 @@ sys.exit(queuectl.main(sys.argv[1:]))"""
         process = self.started([sys.executable, "-c", code, HERE, "backup", self.copy])
         self.assertTrue(os.path.exists(self.copy))
         process.terminate()
-        self.assertEqual(process.wait(), 130)
+        self.assertEqual(process.wait(), 143)
         self.assertFalse(os.path.exists(self.copy))
 
     def test_where_only_a_socket_is_given_the_daemon_there_tells_the_database(self):
@@ -4296,7 +4300,7 @@ def verdict_of(figure):
             "must" if figure.value * sign >= figure.must * sign else "MISSED")
 
 
-def shown(value):
+def in_digits(value):
     if value is None:
         return "-"
     return "%d" % value if value >= 1000 else "%.3g" % value
@@ -4314,8 +4318,8 @@ def bench(names):
     for name in names or known:
         for figure in known[name]():
             sign = "" if figure.must is None else ">= " if figure.aim > figure.must else "<= "
-            print(layout % (figure.what, shown(figure.value), figure.unit,
-                            sign + shown(figure.must), sign + shown(figure.aim),
+            print(layout % (figure.what, in_digits(figure.value), figure.unit,
+                            sign + in_digits(figure.must), sign + in_digits(figure.aim),
                             verdict_of(figure), figure.beside), flush=True)
             missed = missed or verdict_of(figure) == "MISSED"
     return int(missed)
