@@ -2580,6 +2580,10 @@ Context = collections.namedtuple("Context", "store now daemon")
 Operation = collections.namedtuple("Operation", "function names bare writes needs_daemon")
 OPERATIONS = {}  # (command, option) -> Operation
 
+# What a request asks for. arguments: {name: value}; once: the key of a write that is sent again
+# if its answer got lost
+Call = collections.namedtuple("Call", "operation arguments once")
+
 
 def operation(command, option=None, *, names=(), bare=None, writes=False, needs_daemon=False):
     def register(function):
@@ -2593,7 +2597,7 @@ def reply(message, **more):
 
 
 def resolve(request):
-    """(Operation, arguments) of a request; Failure when it makes none."""
+    """The Call that a request stands for; Failure when it makes none."""
     command, option = request["command"], request.get("option") or None
     flag, value = request.get("flag"), request.get("value")
     if command == "config" and option in (None, "set") and flag:  # as the original has it
@@ -2615,20 +2619,19 @@ def resolve(request):
         if name not in found.names:
             raise Failure("%s takes no %s" % (command, "value" if name is None else
                                               "argument " + safe(str(name)[:80])))
-    return found, arguments
+    return Call(found, arguments, request.get("once"))
 
 
-def perform(context, request):
-    """Do what the request says; a write that was done before is only answered again."""
-    found, arguments = resolve(request)
-    once = request.get("once")
-    if not found.writes or not is_text(once):
-        return found.function(context, **arguments)
-    answered = context.store.recall(once)
+def perform(context, call):
+    """Do what is asked; a write that was done before is only answered again."""
+    function = call.operation.function
+    if not call.operation.writes or not is_text(call.once):
+        return function(context, **call.arguments)
+    answered = context.store.recall(call.once)
     if answered is not None:
         return json.loads(answered)
-    answer = found.function(context, **arguments)
-    context.store.remember(once, compact(answer))
+    answer = function(context, **call.arguments)
+    context.store.remember(call.once, compact(answer))
     return answer
 
 
@@ -2696,53 +2699,47 @@ def hindrance(context):
     return None
 
 
-def refuse_taken(store, job_id):
-    if store.has(job_id):
-        raise Failure("job id %s is taken; choose another, or leave it out" % safe(job_id))
+def admit(context, given, cwd):
+    """Store the jobs that these objects make, all or none: ([id, or that of the unfinished job
+    which holds its unique key], how many are new). A Failure's `index` tells which one is wrong."""
+    store, spare_ids = context.store, new_ids(context.now, len(given))
+    new, told, keys = {}, [], {}
+    for index, fields in enumerate(given):
+        try:
+            job = make_job(fields, store.settings, context.now, cwd, spare_ids[index])
+            holder = job.unique and (keys.get(job.unique) or store.holder(job.unique))
+            if job.id in new and not holder:
+                raise Failure("job id %s stands twice" % safe(job.id))
+            if "id" in fields and not holder and store.has(job.id):
+                raise Failure("job id %s is taken; choose another, or leave it out" % safe(job.id))
+        except Failure as error:
+            raise Failure(str(error), index=index)
+        told.append(holder or job.id)
+        if not holder:
+            new[job.id] = job
+            keys[job.unique] = job.id
+    store.insert(list(new.values()))
+    return told, len(new)
 
 
 @operation("enqueue", names=("job", "cwd"), bare="job", writes=True)
 def op_enqueue(context, job=None, cwd=None):
     """Store one job, given as JSON text or as an object."""
-    store, now = context.store, context.now
     given = decode_json(job, "the job") if isinstance(job, str) else job
-    new = make_job(given, store.settings, now, cwd)
-    holder = new.unique and store.holder(new.unique)
-    if holder:
-        return reply("Job already queued", id=holder)
-    refuse_taken(store, new.id)
-    store.insert([new])
-    return reply("Job enqueued", id=new.id, **pause_note(context))
+    (job_id,), stored = admit(context, [given], cwd)
+    return reply("Job enqueued" if stored else "Job already queued", id=job_id,
+                 **pause_note(context))
 
 
 @operation("enqueue", "batch", names=("jobs", "cwd", "ids"), bare="jobs", writes=True)
 def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
-    """Store all of the jobs, or none; a Failure's `index` tells which one is wrong. Their ids
-    are told only if asked for: the answer is remembered."""
-    store, now = context.store, context.now
+    """Store all of the jobs, or none. Their ids are told only if asked for: the answer is
+    remembered."""
     if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
         raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
-    spare_ids = new_ids(now, len(jobs))
-    new, told, keys = [], [], {}
-    taken = set()
-    for index, given in enumerate(jobs):
-        try:
-            job = make_job(given, store.settings, now, cwd, spare_ids[index])
-            holder = job.unique and (keys.get(job.unique) or store.holder(job.unique))
-            if not holder:
-                if "id" in given:
-                    refuse_taken(store, job.id)
-                if job.id in taken:
-                    raise Failure("job id %s stands twice" % safe(job.id))
-                taken.add(job.id)
-                keys[job.unique] = job.id
-                new.append(job)
-            told.append(holder or job.id)
-        except Failure as error:
-            raise Failure(str(error), index=index)
-    store.insert(new)
-    return reply("Enqueued %s" % plural(len(new), "job"), **dict(
-        {"ids": told} if ids else {}, **pause_note(context)))
+    told, stored = admit(context, jobs, cwd)
+    return reply("Enqueued %s" % plural(stored, "job"),
+                 **dict({"ids": told} if ids else {}, **pause_note(context)))
 
 
 def worker_list(context):
@@ -3396,7 +3393,7 @@ class Daemon:
         self.started = monotonic()
         self.commands = 0          # served, not yet in the database
         self.channels = set()      # of clients
-        self.writes = []           # (channel, request, monotonic): to be done in the next turn
+        self.writes = []           # (channel, Call, monotonic): to be done in the next turn
         self.hungry = True         # jobs may be ready
         self.chores = True         # rows to adopt or to delete
         self.look_at = 0.0         # monotonic
@@ -3701,7 +3698,7 @@ class Daemon:
         try:
             with self.store.transaction(durable=bool(writes)):
                 done = record_results(self.store, results, now_ms())
-                answers = [self.answer(request) for _, request, _ in writes]
+                answers = [self.answer(call) for _, call, _ in writes]
                 self.do_chores()
                 claims = self.claims(now, done)
         except StorageError as error:
@@ -3795,9 +3792,9 @@ class Daemon:
             for channel, _, _ in writes:
                 self.send(channel, error_answer(error))
             raise error
-        for channel, request, since in writes:
+        for channel, call, since in writes:
             if isinstance(error, Busy) and now < since + WRITE_S:
-                self.writes.append((channel, request, since))
+                self.writes.append((channel, call, since))
             else:
                 self.send(channel, error_answer(error))
                 self.pump(channel)
@@ -3873,25 +3870,25 @@ class Daemon:
             if request.get("db") not in (None, self.db):
                 raise Failure("the daemon at %s serves %s, not %s" % (
                     safe(self.sock), safe(self.db), safe(str(request["db"]))))
-            found, arguments = resolve(request)
-            if found.needs_daemon and self.kind != "daemon":
+            call = resolve(request)
+            if call.operation.needs_daemon and self.kind != "daemon":
                 raise NoDaemon(self.db)
         except Failure as error:
             self.send(channel, error_answer(error))
             return
-        if found.writes:
-            self.writes.append((channel, request, monotonic()))
-        elif "after" in found.names and "after" not in arguments and "limit" not in arguments:
-            channel.pages = self.pages(request, arguments)
+        if call.operation.writes:
+            self.writes.append((channel, call, monotonic()))
+        elif "after" in call.operation.names and not {"after", "limit"} & set(call.arguments):
+            channel.pages = self.pages(call)
             self.send(channel, None)
         else:
-            self.send(channel, self.answer(request))
+            self.send(channel, self.answer(call))
 
-    def pages(self, request, arguments):
+    def pages(self, call):
         """A whole list as one answer, a page at a time: the original's client knows no pages."""
         start, after = b'{"success":true,"message":[', 0
         while after is not None:
-            answer = self.answer(dict(request, flag=None, value=dict(arguments, after=after)))
+            answer = self.answer(call._replace(arguments=dict(call.arguments, after=after)))
             if not answer["success"]:
                 yield encode(answer)
                 return
@@ -3901,14 +3898,14 @@ class Daemon:
                 start = b","
         yield (start if start != b"," else b"") + b"]}\n"
 
-    def answer(self, request):
+    def answer(self, call):
         """Do it; whatever goes wrong in it is its own trouble alone."""
         context = Context(self.store, now_ms(), self)
         try:
-            if not resolve(request)[0].writes:
-                return perform(context, request)
+            if not call.operation.writes:
+                return perform(context, call)
             with self.store.savepoint():
-                return perform(context, request)
+                return perform(context, call)
         except StorageError as error:
             if self.store.in_transaction():
                 raise
@@ -4020,8 +4017,9 @@ class Queue:
 
     def ask_holder(self, request):
         """The lock tells: free, do it here; held, ask its holder, until either works."""
-        if not resolve(request)[0].writes and self.untouched():
-            return self.do_here(None, request)
+        call = resolve(request)
+        if not call.operation.writes and self.untouched():
+            return self.do_here(None, call)
         if request["command"] == "enqueue" and not os.path.exists(self.place.db):
             other = self.other_queue()
             if other:
@@ -4032,7 +4030,7 @@ class Queue:
         while True:
             try:
                 if lock.take():
-                    return self.do_here(lock, request)
+                    return self.do_here(lock, call)
                 holder = lock.text()
             finally:
                 lock.release()
@@ -4061,29 +4059,27 @@ class Queue:
         """Whether there has never been a queue here."""
         return not any(map(os.path.lexists, (self.place.db, self.place.db + ".lock")))
 
-    def do_here(self, lock, request):
+    def do_here(self, lock, call):
         """Without a daemon: the same operation, in this process, under the lock (None: only a
         look at a queue that isn't there yet, which makes nothing)."""
-        found, _ = resolve(request)
-        if found.needs_daemon:
+        if call.operation.needs_daemon:
             raise NoDaemon(self.place.db)
         self.mention_other()
         if lock is None:
-            store = Store(":memory:")
-            answer = perform(Context(store, now_ms(), None), request)
+            answer = perform(Context(Store(":memory:"), now_ms(), None), call)
         else:
             identity = lock.text().get("identity")
             lock.write("command", None, identity)
             store = open_store(self.place.db, identity)
             lock.write("command", None, store.known)
             with contextlib.closing(store):
-                answer = self.do_in(store, request, found)
-        stored = found.writes and not request["value"].get("dry_run")
+                answer = self.do_in(store, call)
+        stored = call.operation.writes and not call.arguments.get("dry_run")
         self.note("daemon not running; %s %s" % ("stored in" if stored else "read from",
                                                  safe(self.place.db)))
         return answer
 
-    def do_in(self, store, request, found):
+    def do_in(self, store, call):
         """Record what ended meanwhile, then do it. Stopping what is left is the daemon's work."""
         spool, boot, now = Spool(self.place.db), boot_id(), now_ms()
         results = []
@@ -4094,10 +4090,10 @@ class Queue:
                                          store.settings["output-limit"]))
 
         def transact():
-            with store.transaction(durable=found.writes):
+            with store.transaction(durable=call.operation.writes):
                 record_results(store, results, now)
                 adopt_strangers(store, now)
-                return perform(Context(store, now, None), request)
+                return perform(Context(store, now, None), call)
         answer = patiently(transact)
         for result in results:
             spool.discard(result.claim.serial)

@@ -1050,7 +1050,8 @@ class ProtocolTest(Case):
 class OperationsTest(StoreCase):
     def request(self, **request):
         with self.store.transaction():
-            return queuectl.perform(queuectl.Context(self.store, NOW, None), request)
+            return queuectl.perform(queuectl.Context(self.store, NOW, None),
+                                    queuectl.resolve(request))
 
     def ask(self, command, option=None, **value):
         return self.request(command=command, option=option, flag=None, value=value)
