@@ -3977,8 +3977,13 @@ def shell_quote(text):
     return shlex.quote(text)
 
 
+def silent(line):
+    """A Queue's `note` for who wants to hear nothing."""
+
+
 class Queue:
-    """The queue at `place`, as a command uses it. `note(line)` tells the user how it went."""
+    """The queue at `place`, as a command uses it. `note(line)` tells the user how the first
+    request went."""
 
     def __init__(self, place, note):
         self.place = place
@@ -3993,6 +3998,7 @@ class Queue:
         else:
             answer = self.ask_holder(dict(request, db=self.place.db))
         if answer.get("success") is True:
+            self.note = silent
             if isinstance(answer.get("db"), str):  # a temporary daemon may be gone the next time
                 self.place = self.place._replace(db=answer["db"], db_given=True)
             return answer
@@ -4727,10 +4733,6 @@ def selection(states):
             arg("--all", action="store_true", help="all that can be"))
 
 
-def silent(line):
-    """For a Queue's `note`: once is enough."""
-
-
 def each_answer(queue, args, states, command, option=None, **more):
     """The answers to an operation on the selected jobs: one for ids, else one a page."""
     if args.ids and (args.state or args.all) or args.state and args.all:
@@ -4744,7 +4746,7 @@ def each_answer(queue, args, states, command, option=None, **more):
         after = 0
         while after is not None:
             answer = queue.call(command, option, state=state, after=after, upto=upto, **more)
-            queue.note, upto = silent, answer["upto"]
+            upto = answer["upto"]
             yield answer
             after = answer["next"]
 
@@ -4880,7 +4882,6 @@ def enqueue_lines(queue, args, fields):
         last = lines[-1][0]
         count = int(answer["message"].split()[1])
         stored, held = stored + count, held + len(jobs) - count
-        queue.note = silent
         if args.quiet:
             printed("\n".join(answer["ids"]))
         progress.show(["%d stored" % stored])
@@ -5012,14 +5013,18 @@ def cmd_worker_list(queue, args):
                ("pid", "state", "job", "attempt", "since"))
 
 
+def looks(queue):
+    """Full statuses, one look after the other."""
+    while True:
+        yield queue.call("status", full=True)["message"]
+
+
 def watch_status(queue):
     """Draw the state of the queue anew whenever it changes; plain lines where it can't be drawn."""
     drawing, samples, before = Drawing(), collections.deque(maxlen=50), None
     drawing.able = drawing.able and sys.stdout.isatty()
     try:
-        while True:
-            told = queue.call("status", full=True)["message"]
-            queue.note = silent
+        for told in looks(queue):
             samples.append((monotonic(), told["totals"]["completed"] + told["totals"]["dead"]))
             (start, first), (end, last) = samples[0], samples[-1]
             rate = (last - first) / (end - start) if end > start else 0.0
@@ -5051,7 +5056,6 @@ def job_pages(queue, name, option, filters):
         answer = queue.call(name, option, after=after, limit=PAGE_JOBS, **filters)
         yield answer["message"]
         after = answer["next"]
-        queue.note = silent
 
 
 @subcommand("list", arg("--state", choices=STATES, metavar="S", help="only " + ", ".join(STATES)),
@@ -5091,23 +5095,20 @@ def follow(queue, job_id, write=None, *, attempt=None, work=False, to_end=True):
     """Hand on what the job writes, from its last attempt or `attempt` on, to the end of the job
     or (not `to_end`) to what there is by now; returns the last answer. `write` None: only wait.
     With `work` see to it that somebody works the job."""
-    number, serial, offset, end = attempt, None, 0, None
+    number, serial, offset, end = attempt, None, 0, 0
     idle, hint = pauses(), Hint()
     while True:
         answer = queue.call("logs", id=job_id, attempt=number, offset=offset, work=work,
                             limit=PAGE_OUTPUT if write else 0)
-        queue.note = silent
-        if answer["serial"] != serial:  # another attempt: from its start
+        if answer["serial"] != serial:  # another attempt than before: from its start
             serial, number, offset, end = answer["serial"], answer["attempt"], 0, answer["end"]
             continue
         before, offset = offset, hand_on(answer, offset, write) if write else 0
-        if offset > before:
+        read = answer["over"] and (offset >= answer["end"] or not write)
+        ended = read if attempt else (read or serial is None) and answer["state"] in FINISHED
+        if offset > before and (to_end or offset < end):
             idle = pauses()
-            if to_end or offset < end:
-                continue
-        over = answer["over"] and (offset >= answer["end"] or not write)
-        ended = over if attempt else (over or serial is None) and answer["state"] in FINISHED
-        if over and attempt is None and answer["last"] > number:
+        elif read and attempt is None and answer["last"] > number:
             number += 1
             if write:
                 tell("attempt %d" % number)
@@ -5158,7 +5159,6 @@ def progress_of(queue, ids, ended):
     while True:
         for at in range(0, len(asked), MAX_ASKED):
             answer = queue.call("wait", ids=asked[at:at + MAX_ASKED])
-            queue.note = silent
             for job_id, *end in answer["message"]:
                 ended[job_id] = end
             hint(answer["hindrance"])
@@ -5169,9 +5169,7 @@ def progress_of(queue, ids, ended):
 def progress_of_all(queue, ended):
     """The same for whatever is queued now and later; `ended` gets a count of the dead."""
     before, hint = None, Hint()
-    while True:
-        told = queue.call("status", full=True)["message"]
-        queue.note = silent
+    for told in looks(queue):
         hint(told["hindrance"])
         now = told["totals"]["completed"], told["totals"]["dead"]
         before = before or now
@@ -5287,9 +5285,7 @@ def outlast(queue):
     """Watch, as a client of the daemon that took over a drain: (jobs that died, whether all is
     done); not all is when that daemon is gone too, or has not come for some seconds."""
     idle, hint, before, served_at = pauses(), Hint(), None, monotonic()
-    while True:
-        told = queue.call("status", full=True)["message"]
-        queue.note = silent
+    for told in looks(queue):
         before = told["totals"]["dead"] if before is None else before
         served_at = monotonic() if told["served"] else served_at
         if not told["unsettled"] or monotonic() > served_at + 3:
