@@ -50,8 +50,10 @@ The sections of this file, each of which uses only those above it:
   Worker
   Pool
   Operations
+  Lock, socket and log
   Daemon
   Client
+  Doctor
   Output
   Commands
   Main
@@ -3099,9 +3101,8 @@ def adopt_strangers(store, now):
     return len(strangers)
 
 
-# ---- Daemon -------------------------------------------------------------------------------------
-# The lock that makes one process the only writer, the socket, the log, and the loop: one turn of
-# it stores outcomes, does requests and claims jobs in one transaction, then answers and hands out.
+# ---- Lock, socket and log -----------------------------------------------------------------------
+# What makes one process the only writer, where it is reached, and what it tells its operator.
 
 LOCK_BYTES = 1024
 
@@ -3350,8 +3351,12 @@ def open_store(db, known):
     return patiently(lambda: Store(db, known))
 
 
+# ---- Daemon -------------------------------------------------------------------------------------
+# The loop: one turn of it stores outcomes, does requests and claims jobs in one transaction, then
+# answers and hands out.
+
 LOADER = ("import marshal, sys; FROM_CODE = open(int(sys.argv[1]), 'rb'); __file__ = sys.argv[2];"
-          " del sys.argv[:2]; code = FROM_CODE.read(); FROM_CODE.close(); exec(marshal.loads(code))")
+          " del sys.argv[:2]; code = marshal.loads(FROM_CODE.read()); FROM_CODE.close(); exec(code)")
 
 
 def shed_syntax_tree():
@@ -3925,7 +3930,7 @@ class Daemon:
 
 # ---- Client -------------------------------------------------------------------------------------
 # Where a command finds its queue, and how it has its request done: by whoever holds the lock, or,
-# if nobody does, here. At the end: what `doctor` looks at.
+# if nobody does, here.
 
 # db, socket: absolute paths; …_given: by flag or environment, else the default
 Place = collections.namedtuple("Place", "db db_given socket socket_given")
@@ -4152,7 +4157,10 @@ def start_in_background(place, *options):
         raise Failure("the daemon did not start: %s" % safe(lines[-1]))
 
 
-# Each returns what it saw, or raises a Failure: "what is wrong; the way out".
+# ---- Doctor -------------------------------------------------------------------------------------
+# What is or will be wrong with a queue. Each look returns what it saw, or raises a Failure: "what is
+# wrong; the way out".
+
 
 def look_at_versions(sqlite):
     text = ".".join(map(str, sqlite))
