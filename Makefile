@@ -100,6 +100,9 @@ bench: ## speed and size beside bare Python, a minute or two; T=drain picks a ro
 stress: ## storm, then soak; SEED=7 repeats one, SECONDS=180 and JOBS=100000 set the length
 	@SEED=$(SEED) SECONDS=$(SECONDS) JOBS=$(JOBS) exec $(PYTHON) test_queuectl.py stress
 
+plug: ## power cuts, simulated on a disk image, as root; ROUNDS=10, SEED=7 repeats one
+	@SEED=$(SEED) ROUNDS=$(ROUNDS) exec $(PYTHON) test_queuectl.py plug
+
 install: ## one file, as `queuectl`, to $(DESTDIR)$(PREFIX)/bin
 	mkdir -p "$(BIN)"
 	install -m 755 queuectl.py "$(BIN)/queuectl"
@@ -110,4 +113,4 @@ uninstall: ## remove that file; queues stay
 clean: ## remove what Python left here; queues stay
 	rm -rf __pycache__
 
-.PHONY: help demo test test-all bench stress install uninstall clean
+.PHONY: help demo test test-all bench stress plug install uninstall clean

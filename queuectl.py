@@ -192,8 +192,10 @@ def parse_duration(text, bare=None):
     """ms of `90s`, `5m`, `2h`, `1d`, `500ms`; a bare number has the unit `bare`, or is refused."""
     match = re.fullmatch(r"(\d{1,13})([a-z]*)", text.strip(), re.ASCII)
     unit = match and (match.group(2) or bare)
-    if unit not in UNITS_MS:
+    if match and not unit:
         raise ValueError("needs a unit: 90s, 5m, 2h or 1d")
+    if unit not in UNITS_MS:
+        raise ValueError("must be like 90s, 5m, 2h or 1d" + ", or in ms" * (bare == "ms"))
     return int(match.group(1)) * UNITS_MS[unit]
 
 
@@ -321,7 +323,8 @@ def open_private(path, flags=os.O_RDWR | os.O_CREAT):
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Failure("%s is a symbolic link; move it away" % safe(path))
-        raise Failure("can't open %s: %s" % (safe(path), error.strerror))
+        advice = "; run as its owner, or use another --db" * isinstance(error, PermissionError)
+        raise Failure("can't open %s: %s%s" % (safe(path), error.strerror, advice))
     try:
         status = os.fstat(fd)
         check_regular(path, status)
@@ -502,6 +505,12 @@ def as_text(value):
     return value
 
 
+def is_text(value):
+    with contextlib.suppress(ValueError):
+        return as_text(value) == value
+    return False
+
+
 def in_range(number, low, high):
     if not low <= number <= high:
         raise ValueError("must be %d to %d" % (low, high))
@@ -568,12 +577,6 @@ def read_setting(key, value):
     return checked(key, typed, SETTINGS[checked_key(key)], str(value).strip())
 
 
-def is_text(value):
-    with contextlib.suppress(ValueError):
-        return as_text(value) == value
-    return False
-
-
 def as_id(value):
     value = as_text(value)
     if not 1 <= len(value) <= 128 or not value.isprintable() or " " in value or "/" in value:
@@ -616,7 +619,9 @@ def as_env(value):
     for name, text in value.items():
         if not name or "=" in as_text(name):
             raise ValueError("has a name that is empty or holds a =")
-        if len(as_text(text).encode()) + len(name.encode()) >= MAX_COMMAND:
+        if not is_text(text):
+            raise ValueError("needs text for %s" % safe(name[:80]))
+        if len(text.encode()) + len(name.encode()) >= MAX_COMMAND:
             raise ValueError("has a value that is too long: %s" % safe(name[:80]))
     text = compact(value)
     if len(text) > MAX_ENV:
@@ -1528,10 +1533,16 @@ def beside(path, target=":memory:", mode="ro"):
     import sqlite3
     from urllib.parse import quote
     into, source = ("file:" + quote(os.fsencode(name)) for name in (target, path))
+    source += "?mode=" + mode
+
+    def connect(uri):
+        return contextlib.closing(
+            sqlite3.connect(uri, timeout=REACH_S, isolation_level=None, uri=True))
     try:
-        with contextlib.closing(sqlite3.connect(into, timeout=REACH_S, isolation_level=None,
-                                                uri=True)) as connection:
-            connection.execute("ATTACH ? AS source", ("%s?mode=%s" % (source, mode),))
+        with connect(source) as probe:  # ATTACH would only say that it can't open it
+            probe.execute("SELECT 1 FROM sqlite_master LIMIT 1")
+        with connect(into) as connection:
+            connection.execute("ATTACH ? AS source", (source,))
             yield connection
     except sqlite3.Error as error:
         raise storage_error(target if "full" in str(error) else path, error)
@@ -1784,7 +1795,8 @@ class Attempt:
             fcntl.flock(self.file, fcntl.LOCK_EX)
             self.spawn()
         except OSError as error:
-            place = " %s" % safe(os.fsdecode(error.filename)) if error.filename else ""
+            place = os.fsdecode(error.filename or "")
+            place = place and (" in " if place == self.order["cwd"] else " ") + safe(place)
             self.finish("unstarted" if error.errno in UNSTARTED else "refused",
                         "can't start%s: %s" % (place, os.strerror(error.errno)))
             return
@@ -2692,6 +2704,12 @@ def pause_note(context):
     return {} if reason is None else {"paused": reason}
 
 
+def new_job_note(context):
+    """The same for an answer that tells of new jobs; {"workers": 0} where nobody will run them."""
+    idle = context.daemon and context.daemon.kind == "daemon" and not context.daemon.wanted
+    return pause_note(context) or ({"workers": 0} if idle else {})
+
+
 def hindrance(context):
     """What keeps every job from running, or None."""
     if context.store.paused() is not None:
@@ -2730,7 +2748,7 @@ def op_enqueue(context, job=None, cwd=None):
     given = decode_json(job, "the job") if isinstance(job, str) else job
     (job_id,), stored = admit(context, [given], cwd)
     return reply("Job enqueued" if stored else "Job already queued", id=job_id,
-                 **pause_note(context))
+                 **new_job_note(context))
 
 
 @operation("enqueue", "batch", names=("jobs", "cwd", "ids"), bare="jobs", writes=True)
@@ -2741,7 +2759,7 @@ def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
         raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
     told, stored = admit(context, jobs, cwd)
     return reply("Enqueued %s" % plural(stored, "job"),
-                 **dict({"ids": told} if ids else {}, **pause_note(context)))
+                 **dict({"ids": told} if ids else {}, **new_job_note(context)))
 
 
 def worker_list(context):
@@ -2794,8 +2812,8 @@ def retry_obstacle(store, job):
     """Why a dead job can't be queued again, or None."""
     holder = job.unique and store.holder(job.unique)
     if holder:
-        return ("job %s can't be retried: its unique key is held by job %s"
-                % (safe(job.id), safe(holder)))
+        return ("job %s can't be retried: its unique key is held by job %s; wait for that, or"
+                " cancel it" % (safe(job.id), safe(holder)))
     if store.open_serial(job.id) is not None:
         return "job %s is still being stopped; try again in a moment" % safe(job.id)
     return None
@@ -2986,6 +3004,8 @@ def op_metrics(context):
 @operation("worker", "start", names=("count",), bare="count", writes=True, needs_daemon=True)
 def op_worker_start(context, count=1):
     count = checked("count", as_count, count)
+    if context.daemon and context.daemon.stopping:
+        raise Failure("the daemon is stopping; try again when it is gone")
     wanted = count + context.store.wanted()
     if wanted > MAX_WORKERS:
         raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted - count))
@@ -4077,6 +4097,8 @@ class Queue:
             raise NoDaemon(self.place.db)
         self.mention_other()
         if lock is None:
+            if self.place.db_given:
+                check_folder(os.path.dirname(self.place.db))
             answer = perform(Context(Store(":memory:"), now_ms(), None), call)
         else:
             identity = lock.text().get("identity")
@@ -4086,8 +4108,9 @@ class Queue:
             with contextlib.closing(store):
                 answer = self.do_in(store, call)
         stored = call.operation.writes and not call.arguments.get("dry_run")
-        self.note("daemon not running; %s %s" % ("stored in" if stored else "read from",
-                                                 safe(self.place.db)))
+        self.note("daemon not running; %s %s" % (
+            "no queue yet at" if lock is None else "stored in" if stored else "read from",
+            safe(self.place.db)))
         return answer
 
     def do_in(self, store, call):
@@ -4258,9 +4281,11 @@ def look_at_schema(db, known, number, identity, lacks, damage):
         raise Failure("%s lacks %s: another program changed it; restore a backup"
                       % (db, ", ".join(lacks)))
     if known and identity != known and not damage:
-        raise Failure("%s is not the database that %s.lock remembers; restore that one, or remove"
-                      " the lock file if this is meant" % (db, db))
-    return "schema %s of %d" % (number, len(MIGRATIONS))
+        raise Failure("%s is %s that %s.lock remembers; restore it, or remove the lock file if this"
+                      " is meant" % (db, "not the database" if number is not None
+                                     else "gone, the queue", db))
+    return "unknown" if damage and number is None else "no database yet" if number is None \
+        else "schema %d of %d" % (number, len(MIGRATIONS))
 
 
 def look_at_integrity(damage):
@@ -4715,8 +4740,8 @@ limit_flag = flag_type(lambda text: in_range(whole(text), 0, 10 ** 9))
 
 
 # The one place of each grammar: a job's flags, which jobs are meant, how a list is shown.
-WHAT = arg("job", nargs="?", metavar="JOB",
-           help="the job as JSON, - for a job a line from stdin, or -- CMD ARG ...")
+WHAT = arg("job", nargs="?", metavar="JOB, or -- CMD ARG ...",
+           help="JSON, - for a job a line from stdin, or a command (one argument: a shell line)")
 LINE = arg("job", nargs="?", metavar="-- CMD ARG ...", help="one argument alone is a shell line")
 JOB_FLAGS = (
     arg("--id", help="default: made of the time"),
@@ -4799,10 +4824,18 @@ def job_fields(args):
     return fields
 
 
-def warn_paused(answer):
+def is_held(answer):
+    """Whether an enqueue was answered with the job that holds its unique key."""
+    return answer["message"] == "Job already queued"
+
+
+def warn(answer):
+    """Say what keeps a new job from running."""
     if "paused" in answer:
         tell("the queue is paused%s; nothing starts until: resume"
              % (answer["paused"] and " (%s)" % safe(answer["paused"])))
+    elif answer.get("workers") == 0:
+        tell("no worker runs; start one with: worker start")
 
 
 def pauses():
@@ -4815,15 +4848,16 @@ def pauses():
 
 
 class Hint:
-    """What keeps a watched job waiting: told once, after a second."""
+    """What keeps a watched job waiting: told after a second, and when it has become another."""
 
     def __init__(self):
         self.at = monotonic() + 1
+        self.told = None
 
     def __call__(self, what):
-        if what and self.at and monotonic() > self.at:
+        if what and what != self.told and monotonic() > self.at:
             tell("waiting for %s" % what)
-            self.at = None
+            self.told = what
 
 
 @contextlib.contextmanager
@@ -4894,7 +4928,7 @@ def enqueue_lines(queue, args, fields):
             printed("\n".join(answer["ids"]))
         progress.show(["%d stored" % stored])
     progress.close()
-    warn_paused(answer)
+    warn(answer)
     if not args.quiet:
         printed(compact({"success": True, "message": "Enqueued %s" % plural(stored, "job"),
                          "already_queued": held}))
@@ -4923,14 +4957,15 @@ def cmd_enqueue(queue, args):
         job = decode_json(job, "the job")
         job = dict(job, **fields) if isinstance(job, dict) else job
     answer = queue.call("enqueue", job=job, cwd=working_directory())
-    warn_paused(answer)
+    warn(answer)
     if args.quiet:
         printed(answer["id"])
         return None
     printed(compact({"success": True, "message": answer["message"], "id": answer["id"]}))
     tell("id: %s" % safe(answer["id"]))
-    job = decode_json(job, "the job") if isinstance(job, str) else job
-    tell("command: %s" % safe(job["command"]))
+    if not is_held(answer):
+        job = decode_json(job, "the job") if isinstance(job, str) else job
+        tell("command: %s" % safe(job["command"]))
     return None
 
 
@@ -4939,7 +4974,8 @@ def announce(line):
     utter(sys.stdout, line + "\n", 1)
 
 
-@subcommand("daemon", arg("--workers", type=count_flag, metavar="N", help="workers wanted from now on"),
+@subcommand("daemon", arg("--workers", type=count_flag, metavar="N",
+                          help="workers wanted from now on (default: as many as before)"),
          arg("--grace", type=duration_flag, metavar="DUR",
              help="how long a stop waits for running jobs, like 30s (default: as long as it takes)"),
          arg("--detach", action="store_true", help="run in the background"),
@@ -5272,13 +5308,15 @@ def cmd_run(queue, args):
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # until it is known whose the job is
     answer = queue.call("enqueue", job=job_fields(args), cwd=working_directory())
     job_id = answer["id"]
-    if answer["message"] == "Job already queued":
+    if is_held(answer):
         say("job %s has this key and is unfinished; nothing was started" % safe(job_id))
         if not queue.call("logs", id=job_id, limit=0, work=True)["served"]:
             employ(queue, job_id)  # nobody works it: its `run`, or its daemon, is gone
         return 0
+    if answer.get("workers") == 0:
+        raise Failure("no worker runs; start one with: worker start; %s" % abandon(queue, job_id))
     if not args.quiet:
-        warn_paused(answer)
+        warn(answer)
     end = attend(queue, job_id, args.quiet)
     failure = job_status(job_id, end["state"], end["exit_code"], end["error"])
     if failure and args.quiet:
@@ -5319,6 +5357,7 @@ def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
     or waiting for another try; exits 1 if a job died."""
     make_default_folder(queue.place)
+    queue.note = silent
     if "paused" in queue.call("status")["message"]:
         raise Failure("the queue is paused; go on with: resume")
     died, done = 0, False
@@ -5349,7 +5388,7 @@ def report(args, done, count):
 @subcommand("cancel", *selection(UNFINISHED), DRY_RUN,
             examples=("cancel hello", "cancel --state pending --dry-run"))
 def cmd_cancel(queue, args):
-    """Make waiting jobs dead; stop running ones, all of their processes, then so."""
+    """Make jobs dead: waiting ones at once, running ones when all their processes are stopped."""
     count, stopping = 0, []
     # failed once more: a job may move on between two looks
     states = UNFINISHED if args.dry_run else UNFINISHED + ("failed",)
@@ -5412,11 +5451,12 @@ def cmd_dlq_retry(queue, args):
     for answer in each_answer(queue, args, ("dead",), "dlq", "retry"):
         count += answer["count"]
         refused += answer["refused"]
+    done = answer["message"] if args.ids else "%s added to queue" % plural(count, "job")
     for line in refused:
         tell(line)
-    printed(compact(reply(answer["message"] if args.ids
-                          else "%s added to queue" % plural(count, "job"))))
-    return 1 if refused else 0
+    if refused:
+        raise Failure("%s, %d refused" % (done, len(refused)))
+    printed(compact(reply(done)))
 
 
 @subcommand("config set", arg("key", help=", ".join(SETTINGS)), arg("value"),
@@ -5598,6 +5638,8 @@ def parse_group(name, rest):
         examples = [example for full in known for example in COMMANDS[full][2][:1]]
         new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
             "  queuectl " + example for example in examples)).parse_args(["--help"])
+    if known and not rest:
+        raise Usage("%s what? known are %s" % (name, ", ".join(known)))
     raise Usage("unknown command %s; known are %s" % (
         safe(" ".join([name] + rest[:1])), ", ".join(known or COMMANDS)))
 
@@ -5635,7 +5677,11 @@ def parse(argv):
                         epilog="\n  queuectl ".join(("examples:",) + examples))
     for names, options in arguments:
         parser.add_argument(*names, **options)
-    return function, parser.parse_args(rest, namespace=args)
+    args, unknown = parser.parse_known_args(rest, args)
+    if unknown:
+        parser.error("unrecognized arguments: %s%s" % (
+            " ".join(unknown), "; a command goes after --" * hasattr(args, "job")))
+    return function, args
 
 
 def prepare_stdio():

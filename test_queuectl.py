@@ -139,8 +139,10 @@ class TimeAndTextTest(Case):
     def test_durations_need_a_unit(self):
         self.table(queuectl.parse_duration, ("500ms", 500), ("90s", 90000), (" 5m ", 300000),
                    ("2h", 7200000), ("1d", 86400000), ("0s", 0), ("30", "ms", 30))
-        self.refusals(queuectl.parse_duration, ("unit", "30", "", "s", "-1s", "1.5s", "1 s", "1w",
-                                                "1S", "٣s", "1" * 14 + "s"), kind=ValueError)
+        self.refusals(queuectl.parse_duration, ("needs a unit", "30"), (
+            "must be like 90s", "", "s", "-1s", "1.5s", "1 s", "1w", "1S", "٣s", "1" * 14 + "s"),
+            kind=ValueError)
+        self.refused("or in ms", queuectl.parse_duration, "-1", "ms", kind=ValueError)
 
     def test_what_a_terminal_would_act_on_is_escaped(self):
         self.table(queuectl.safe, ("plain é 日", "plain é 日"), ("\x1b[2J", "\\x1b[2J"),
@@ -985,10 +987,11 @@ class AttemptTest(Case):
         self.assertLessEqual(len(output), queuectl.MIN_RUN_FILE)
 
     def test_a_command_that_can_not_start_says_why(self):
-        none = self.base + "/none"
-        for order, detail in (({"cwd": none}, none + ": No such file or directory"),
+        none, folder = self.base + "/none", self.base + "/folder"
+        os.mkdir(folder)
+        for order, detail in (({"cwd": none}, "in %s: No such file or directory" % none),
                               ({"shell": [none]}, none + ": No such file or directory"),
-                              ({"shell": [self.base]}, self.base + ": Permission denied")):
+                              ({"shell": [folder]}, folder + ": Permission denied")):
             with self.subTest(order=order):
                 run = self.start("true", **order)
                 last = self.notes[-1]
@@ -1493,6 +1496,7 @@ class CommandsTest(QueueCase):
             self.env["DB_PATH"] = db
             with self.subTest(db=db):
                 self.assertIn(words, self.refused("enqueue", '{"command":"true"}'))
+                self.assertIn(words, self.refused("status"))
         self.assertEqual(os.listdir(self.dir), [])
 
     def test_nothing_unescaped_reaches_a_terminal(self):
@@ -1991,6 +1995,7 @@ class StoriesTest(QueueCase):
         self.enqueue("true")
         daemon.terminate()
         wait_until(lambda: self.ok("daemon", "status")["stopping"], "the daemon is stopping")
+        self.assertIn("the daemon is stopping; try again", self.refused("worker", "start"))
         self.open_gate()
         self.assertEqual(daemon.wait(30), 0)
         self.assertEqual(self.ok("status")["jobs"], {"pending": 1, "processing": 0, "completed": 1,
@@ -2150,6 +2155,8 @@ class ToolkitTest(QueueCase):
                 self.assertIn(words, self.refused("enqueue", *args, status=2))
         self.assertIn("after --", self.refused("run", "true", status=2))
         self.assertIn("enqueue -- make", self.refused("enqueue", "make"))
+        self.assertIn("a command goes after --", self.refused("enqueue", "ls", "-l", status=2))
+        self.assertIn("known are worker start", self.refused("worker", status=2))
         self.assertNotIn("--state", self.refused("dlq", "retry", status=2))
         self.assertIn("--state S", self.refused("cancel", status=2))
         self.assertIn("--all", self.refused("delete", "a", "--all", status=2))
@@ -2189,6 +2196,19 @@ class ToolkitTest(QueueCase):
         self.assertEqual((waits, [(one["number"], one["exit_code"], one["error"])
                                   for one in history]), (None, [(1, 0, None)]))
         self.assertIn("no job none; see: list", self.refused("show", "none"))
+
+    def test_where_no_worker_runs_a_run_is_refused_and_an_enqueue_warned(self):
+        self.daemon("--workers", "1")
+        self.ok("worker", "stop")
+        code, _, err = self.cli("enqueue", "--id", "a", "--", "true")
+        self.assertEqual(code, 0)
+        self.assertIn("no worker runs; start one with: worker start\n", err)
+        self.assertIn("no worker runs; start one with: worker start; job b cancelled",
+                      self.refused("run", "--quiet", "--id", "b", "--", "true"))
+        self.assertEqual((self.show("a", "state"), self.show("b", "state", "error")),
+                         (("pending",), ("dead", "cancelled")))
+        self.ok("worker", "start")
+        self.assertEqual(self.prints("run", "--quiet", "--", "true"), "")
 
     def test_a_pause_starts_nothing_new_and_outlives_the_daemon(self):
         daemon = self.daemon("--workers", "2")
@@ -2287,8 +2307,11 @@ class ToolkitTest(QueueCase):
             self.enqueue("x", id=name, unique="k")
             self.prints("cancel", name)
         code, out, err = self.cli("dlq", "retry", "--all")
-        self.assertEqual((code, json.loads(out)["message"]), (1, "1 job added to queue"))
-        self.assertIn("job b can't be retried: its unique key is held by job a", err)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("job b can't be retried: its unique key is held by job a; wait for that", err)
+        self.assertIn("1 job added to queue, 1 refused", err)
+        self.assertEqual((self.show("a", "state"), self.show("b", "state")),
+                         (("pending",), ("dead",)))
 
     def test_a_death_enqueues_the_on_dead_line_but_its_own_does_not(self):
         self.daemon("--workers", "1")
@@ -2504,6 +2527,17 @@ class ToolkitTest(QueueCase):
             code, _, err = self.cli("wait", "a", "--timeout", "5s")
         self.assertEqual(code, 124)
         self.assertIn("waiting for a worker; start one with: worker start\n", err)
+        self.assertEqual(err.count("waiting for"), 1)
+
+    def test_a_hint_is_told_after_a_second_and_when_it_changes(self):
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), \
+                mock.patch("queuectl.monotonic", side_effect=itertools.count()):
+            hint = queuectl.Hint()
+            for what in "aabbc":
+                hint(what)
+                hint(None)
+        self.assertEqual(err.getvalue(), "waiting for a\nwaiting for b\nwaiting for c\n")
         self.ok("pause")
         self.assertIn("paused", self.refused("drain"))
 
@@ -3706,12 +3740,14 @@ class DoctorTest(QueueCase):
         size = struct.unpack(">H", whole[16:18])[0]
         put(whole[:size * 30] + b"\xff" * size + whole[size * 31:])
         self.finds("integrity", "restore a backup", ".recover")
+        put(whole[:size] + b"\xff" * size * 9 + whole[size * 10:])
+        self.finds("integrity", "is corrupt; restore a backup")
         put(b"x" * 5000)
         self.finds("integrity", "is not a database")
         put(b"")
         self.finds("schema", "not the database that", "remove the lock file if this is meant")
         os.unlink(self.db)
-        self.finds("schema", "not the database that")
+        self.finds("schema", "is gone, the queue that", "restore it")
         for sql, words in (("PRAGMA user_version = 99", "has schema 99"),
                            ("PRAGMA user_version = -1", "has schema -1"),
                            ("DROP INDEX jobs_due", "lacks jobs_due: another program"),
@@ -4328,8 +4364,8 @@ def bench(names):
 
 # ---- Stress -------------------------------------------------------------------------------------
 # `make stress`: the storm kills workers and daemons for minutes while jobs keep coming, the soak
-# runs 100,000 jobs through one daemon. Figures are printed; anything lost or run twice at once
-# makes the exit status 1.
+# runs 100,000 jobs through one daemon. `make plug`: power cuts. Figures are printed; anything lost
+# or run twice at once makes the exit status 1.
 
 
 class Storm(QueueCase):
@@ -4489,6 +4525,113 @@ class Soak(QueueCase):
             "%d jobs completed" % wanted, 120, every_s=0.2)[0][0]
 
 
+class Plug(FaultCase):
+    """Power cuts of a queue that lives on a file system in a file. A copy of that file, taken while
+    all stands still, is the disk as the cut leaves it: what had not been synced is not in it."""
+
+    def __init__(self, seed):
+        super().__init__("pull")
+        self.chance = random.Random(seed)
+
+    def setUp(self):
+        super().setUp()
+        self.disk = self.path("disk")
+        self.env["DB_PATH"] = self.db = os.path.join(self.disk, "q.db")
+        os.mkdir(self.disk)
+        self.addCleanup(self.switch_off)
+
+    def switch_off(self):
+        self.kill_all()
+        self.daemons = []
+        if os.path.ismount(self.disk):
+            subprocess.check_call(["umount", self.disk])
+
+    def switch_on(self, image):
+        """Mount the image and start a daemon, as after another boot."""
+        subprocess.check_call(["mount", "-o", "loop", image, self.disk])
+        os.chmod(self.disk, 0o700)
+        self.driven("queuectl.boot_id = lambda: %r" % image, "--workers", "3")
+
+    def feed(self, name, acknowledged, over):
+        """Enqueue jobs, and cancel some; `acknowledged`: id -> the state it must come to, None: that
+        is not known yet."""
+        queue = queuectl.Queue(queuectl.Place(self.db, True, self.sock, True), lambda line: None)
+        for number in range(10 ** 6):
+            if over.is_set():
+                return
+            job_id = "%s.%d" % (name, number)
+            queue.call("enqueue", job={"id": job_id, "max_retries": 1000, "command":
+                                       StormTest.JOB % {"dir": self.dir, "ms": number % 9 + 1}})
+            acknowledged[job_id] = "completed" if number % 7 else None
+            if number % 7 == 0:
+                with contextlib.suppress(queuectl.Failure):  # it has just completed
+                    queue.call("cancel", ids=[job_id])
+                    acknowledged[job_id] = "dead"
+
+    def pull(self, name):
+        """One power cut; what is wrong after it, as {what: ids or rows}."""
+        # New names: a loop device that lingers would show the old contents.
+        before, after = self.path("before%d" % name), self.path("after%d" % name)
+        with open(before, "wb") as file:
+            file.truncate(64 << 20)
+        subprocess.check_call(["mkfs.ext4", "-q", "-F", before])
+        self.switch_on(before)
+        acknowledged, over = {}, threading.Event()
+        feeder = threading.Thread(target=self.feed, args=(name, acknowledged, over))
+        feeder.start()
+        time.sleep(self.chance.uniform(0.3, 1.5))
+        for pid in processes_of(self.dir):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGSTOP)
+        promised = dict(acknowledged)
+        shutil.copyfile(before, after)
+        over.set()
+        self.kill_all()
+        feeder.join()
+        self.switch_off()
+        self.switch_on(after)
+        wait_until(lambda: not self.unfinished(), "all is done", 60)
+        wrong = self.report(name, promised)
+        self.switch_off()
+        os.unlink(before)
+        os.unlink(after)
+        return wrong
+
+    def report(self, name, promised):
+        stored = dict(self.rows("SELECT id, state FROM jobs"))
+        log = [job_id for job_id in self.read("log").split() if job_id in stored]
+        print("plug: cut %s, %d jobs acknowledged, %d stored, %d of them ran more than once" % (
+            name, len(promised), len(stored), len(log) - len(set(log))), flush=True)
+        wrong = {
+            "lost": sorted(set(promised) - set(stored)),
+            "in the wrong state": sorted(job_id for job_id, state in promised.items()
+                                         if state not in (None, stored.get(job_id))),
+            "never run": sorted(job_id for job_id in stored if stored[job_id] == "completed"
+                                and job_id not in log),
+            "overlaps": self.read("overlaps").split(),
+            "damaged": [row for row in self.rows("PRAGMA integrity_check") if row != ("ok",)]}
+        return {what: found for what, found in wrong.items() if found}
+
+
+def plug(rounds, seed):
+    """So many power cuts; the exit status."""
+    if os.geteuid() or not shutil.which("mkfs.ext4"):
+        print("plug: needs root, mkfs.ext4 and loop devices")
+        return 1
+    print("plug: %d cuts; the same again with: make plug SEED=%d" % (rounds, seed), flush=True)
+    case, wrong = Plug(seed), {}
+    case.setUp()
+    try:
+        for number in range(1, rounds + 1):
+            wrong.update(case.pull(number))
+    finally:
+        case.doCleanups()
+    for what, found in wrong.items():
+        print("plug: %s: %s" % (what, str(found)[:500]))
+    print("plug: %s" % ("FAILED" if wrong else "nothing lost, nothing damaged"))
+    return int(bool(wrong))
+
+
 def stress(seconds, seed, jobs):
     """The storm, then the soak; the exit status."""
     print("stress: %d s, then %d jobs; the same again with: make stress SEED=%d" % (
@@ -4516,6 +4659,9 @@ if __name__ == "__main__":
         sys.exit(stress(int(os.environ.get("SECONDS") or 180),
                         int(os.environ.get("SEED") or time.time()),
                         int(os.environ.get("JOBS") or 100000)))
+    if sys.argv[1:2] == ["plug"]:
+        sys.exit(plug(int(os.environ.get("ROUNDS") or 10),
+                      int(os.environ.get("SEED") or time.time())))
     # What a later Python will refuse is an error already, here and in every process of a test.
     warnings.filterwarnings("error", category=DeprecationWarning, module="queuectl$")
     os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning:__main__"
