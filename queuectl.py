@@ -5210,25 +5210,26 @@ def progress_of(queue, ids, ended):
         asked = [job_id for job_id in ids if job_id not in ended][:200]
 
 
-def progress_of_all(queue, ended):
-    """The same for whatever is queued now and later; `ended` gets a count of the dead."""
+def progress_of_all(queue):
+    """The same for whatever is queued now and later."""
     before, hint = None, Hint()
     for told in looks(queue):
         hint(told["hindrance"])
         now = told["totals"]["completed"], told["totals"]["dead"]
         before = before or now
-        done, ended["dead"] = sum(now) - sum(before), now[1] - before[1]
-        yield done, done + sum(told["jobs"][state] for state in UNFINISHED), ended["dead"]
+        done = sum(now) - sum(before)
+        yield done, done + sum(told["jobs"][state] for state in UNFINISHED), now[1] - before[1]
 
 
 def watch_progress(steps, timeout):
-    """Draw (done, total, failed) until all is done; a Failure once `timeout` ms are over."""
+    """Draw (done, total, failed) until all is done; how many failed. A Failure once `timeout` ms
+    are over."""
     drawing, start, idle = Drawing(), monotonic(), pauses()
     try:
         for done, total, failed in steps:
             drawing.show([bar(done, total, failed, monotonic() - start)])
             if done >= total:
-                return
+                return failed
             if timeout is not None and monotonic() > start + timeout / 1000.0:
                 raise ended_with(124, "after %s %d of %d jobs had ended; the rest goes on" % (
                     lapse(timeout / 1000.0), done, total))
@@ -5245,12 +5246,10 @@ def cmd_wait(queue, args):
     several, or none given: 0 all completed, 1 not."""
     ids, ended = list(dict.fromkeys(args.ids)), {}
     with watching():
-        watch_progress(progress_of(queue, ids, ended) if ids else progress_of_all(queue, ended),
-                       args.timeout)
-    failures = [job_status(job_id, *ended[job_id]) for job_id in ids]
-    if len(ids) == 1 and failures[0]:
-        raise failures[0]
-    dead = sum(map(bool, failures)) if ids else ended["dead"]
+        dead = watch_progress(progress_of(queue, ids, ended) if ids else progress_of_all(queue),
+                              args.timeout)
+    if dead and len(ids) == 1:
+        raise job_status(ids[0], *ended[ids[0]])
     if dead:
         raise Failure("%s died; see: dlq list" % plural(dead, "job"))
     printed(compact(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty")))
