@@ -4848,7 +4848,7 @@ def pauses():
 
 
 class Hint:
-    """What keeps a watched job waiting: told after a second, and when it has become another."""
+    """What is waited for: told after a second, and when it has become another."""
 
     def __init__(self):
         self.at = monotonic() + 1
@@ -5006,12 +5006,9 @@ def cmd_daemon(queue, args):
 def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone."""
     pid = queue.call("daemon", "stop", grace=args.grace)["pid"]
-    started = process_start(pid)
-    said = monotonic() + 1
+    started, hint = process_start(pid), Hint()
     while started and process_start(pid) == started:
-        if said and monotonic() > said:
-            tell("waiting for running jobs; Ctrl-C ends only the waiting")
-            said = None
+        hint("running jobs; Ctrl-C ends only the waiting")
         time.sleep(0.02)
     printed(compact(reply("Stopped daemon")))
 
