@@ -5090,11 +5090,11 @@ def cmd_status(queue, args):
     printed(indented(queue.call("status")["message"]))
 
 
-def job_pages(queue, name, option, filters):
-    """The jobs of a long answer, page by page."""
+def job_pages(queue, state):
+    """The jobs in `state`, None: all, page by page."""
     after = 0
     while after is not None:
-        answer = queue.call(name, option, after=after, limit=PAGE_JOBS, **filters)
+        answer = queue.call("list", state=state, after=after)
         yield answer["message"]
         after = answer["next"]
 
@@ -5103,7 +5103,7 @@ def job_pages(queue, name, option, filters):
             *LISTING, examples=("list", "list --state completed --format table"))
 def cmd_list(queue, args):
     """Show jobs, oldest first."""
-    print_rows(args, job_pages(queue, "list", None, {"state": args.state}), JOB_COLUMNS)
+    print_rows(args, job_pages(queue, args.state), JOB_COLUMNS)
 
 
 @subcommand("show", arg("id", metavar="ID"), examples=("show hello", "show hello | grep error"))
@@ -5435,7 +5435,7 @@ def cmd_resume(queue, args):
 @subcommand("dlq list", *LISTING, examples=("dlq list", "dlq list -q"))
 def cmd_dlq_list(queue, args):
     """Show the dead jobs."""
-    print_rows(args, job_pages(queue, "dlq", "list", {}), JOB_COLUMNS)
+    print_rows(args, job_pages(queue, "dead"), JOB_COLUMNS)
 
 
 @subcommand("dlq retry", arg("ids", nargs="*", metavar="ID", help="a dead job"),
