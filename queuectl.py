@@ -2650,7 +2650,7 @@ def perform(context, call):
 
 
 def as_count(value):
-    """A number of workers, as a number or as text."""
+    """A number of workers, or of an attempt, as a number or as text."""
     return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
 
 
@@ -4735,7 +4735,7 @@ def flag_type(check):
 
 duration_flag = flag_type(as_ms)
 time_flag = flag_type(as_date)
-count_flag = flag_type(lambda text: in_range(whole(text), 1, MAX_WORKERS))
+count_flag = flag_type(as_count)
 limit_flag = flag_type(lambda text: in_range(whole(text), 0, 10 ** 9))
 
 
@@ -4796,8 +4796,7 @@ def print_rows(args, pages, columns):
 
 def command_line(argv):
     """The command for an argv; one argument alone is a shell line."""
-    import shlex
-    return argv[0] if len(argv) == 1 else " ".join(map(shlex.quote, argv))
+    return argv[0] if len(argv) == 1 else " ".join(map(shell_quote, argv))
 
 
 def job_fields(args):
