@@ -3400,14 +3400,15 @@ class Daemon:
     all; `workers`: wanted from now on, None: as stored; `grace`: s, see `stop`.
 
     kind: "daemon", or a temporary one, which gives way to that: "drain" ends when there is no
-    more to do, "run" works the jobs in `only` and no others, and ends with them.
+    more to do, "run" works the job `only`, others that it takes on and none else, and ends with
+    them.
     """
 
     def __init__(self, db, sock, *, kind="daemon", only=None, sock_given=False, workers=None,
                  grace=None):
         self.db = db
         self.kind = kind
-        self.only = None if only is None else set(only)
+        self.only = None if only is None else {only}
         self.sock = sock
         self.sock_given = sock_given
         self.grace = grace
@@ -4993,9 +4994,9 @@ def cmd_daemon(queue, args):
     if args.only is None:
         shed_syntax_tree()
     grace = None if args.grace is None else args.grace / 1000.0
-    kind = {} if args.only is None else {"kind": "run", "only": [args.only]}
-    daemon = Daemon(place.db, place.socket, sock_given=place.socket_given, grace=grace,
-                    workers=1 if kind else args.workers, **kind)
+    daemon = Daemon(place.db, place.socket, kind="daemon" if args.only is None else "run",
+                    only=args.only, sock_given=place.socket_given, workers=args.workers,
+                    grace=grace)
     return daemon.run(announce)
 
 
