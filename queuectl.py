@@ -3168,10 +3168,10 @@ class Lock:
             self.fd = None
 
 
-def daemon_lock(db, kind):
-    """The Lock for a starting daemon of that kind: those of earlier KINDS are asked to give way,
-    commands waited for, a daemon that is to stay is not."""
-    lock, deadline = Lock(db), monotonic() + 5
+def take_lock(lock, db, kind):
+    """Take the Lock of `db` for a starting daemon of that kind: those of earlier KINDS are asked
+    to give way, commands waited for, a daemon that is to stay is not."""
+    deadline = monotonic() + 5
     while not lock.take():
         text = lock.text()
         lock.release()
@@ -3186,10 +3186,9 @@ def daemon_lock(db, kind):
             deadline = 0
         if monotonic() > deadline:
             raise Failure("a %s, pid %s, already serves %s; %s" % (
-                text.get("kind", "process"), text.get("pid", "unknown"), safe(db),
+                holder or "process", text.get("pid", "unknown"), safe(db),
                 "stop it with: daemon stop" if holder == "daemon" else "wait until it is done"))
         time.sleep(0.02)
-    return lock
 
 
 def check_socket_path(path):
@@ -3415,6 +3414,9 @@ class Daemon:
         self.wanted = workers
         self.open_files = set_open_files()
         self.log = Log(db + ".log")
+        self.lock = Lock(db)
+        self.store = self.server = None  # until `start`
+        self.handlers = {}         # signal -> what handled it before
         self.loop = Loop()
         self.started = monotonic()
         self.commands = 0          # served, not yet in the database
@@ -3440,7 +3442,7 @@ class Daemon:
 
     def start(self):
         """Take the lock, open everything, settle what is open; returns the ready line."""
-        self.lock = daemon_lock(self.db, self.kind)
+        take_lock(self.lock, self.db, self.kind)
         identity = self.lock.text().get("identity")
         self.lock.write(self.kind, None, identity)
         self.store = open_store(self.db, identity)
@@ -3483,7 +3485,6 @@ class Daemon:
         self.wake = Channel(ours, self.loop, lambda channel: channel.inbox.clear(),
                             lambda channel: None)
         self.wake_end = theirs
-        self.handlers = {}  # what they were before
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers[number] = signal.signal(
@@ -3539,23 +3540,21 @@ class Daemon:
             self.log("stopped")
             return 0
         except Failure as error:
-            if hasattr(self, "lock"):
+            if self.lock.fd is not None:
                 self.log("gives up: %s" % error)
             raise
         finally:
             self.shut()
 
     def shut(self):
-        for name in ("server", "store"):
-            part = getattr(self, name, None)
-            if part:
-                part.server_close() if name == "server" else part.close()
-        if hasattr(self, "lock"):
-            self.lock.release()
-        if hasattr(self, "handlers"):
-            signal.set_wakeup_fd(-1)
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+        if self.server:
+            self.server.server_close()
+        if self.store:
+            self.store.close()
+        self.lock.release()
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def finished(self):
         if self.yielded:
