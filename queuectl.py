@@ -3672,8 +3672,6 @@ class Daemon:
             self.chores = self.store.has_chores(now_ms()) or self.commands > 0
             self.notice_clock()
             self.tell_status()
-        except Replaced:
-            raise
         except StorageError as error:
             self.trouble(error, now)
 
@@ -3813,10 +3811,6 @@ class Daemon:
     def put_off(self, error, writes, now):
         """The transaction failed as a whole: outcomes and claims are tried again, requests too
         while another program has the lock."""
-        if isinstance(error, Replaced):
-            for channel, _, _ in writes:
-                self.send(channel, error_answer(error))
-            raise error
         for channel, call, since in writes:
             if isinstance(error, Busy) and now < since + WRITE_S:
                 self.writes.append((channel, call, since))
@@ -3827,7 +3821,9 @@ class Daemon:
         self.trouble(error, now)
 
     def trouble(self, error, now):
-        """Try again after a pause that grows, and say so once a minute."""
+        """Try again after a pause that grows, and say so once a minute; Replaced is the end."""
+        if isinstance(error, Replaced):
+            raise error
         self.log("storage trouble: %s" % error, every_s=60)
         self.retry_at = now + self.pause_s
         self.pause_s = BUSY_S if isinstance(error, Busy) else min(self.pause_s * 2, 5.0)
