@@ -3329,9 +3329,9 @@ class Log:
 
     def __call__(self, text, every_s=0.0):
         """Write a line; the same one at most every `every_s` seconds."""
-        if every_s and monotonic() - self.last.get(text, -every_s) < every_s:
-            return
         if every_s:
+            if monotonic() - self.last.get(text, -every_s) < every_s:
+                return
             self.last[text] = monotonic()
         line = "%s [%d] %s\n" % (iso(now_ms()), os.getpid(), safe(text))
         with contextlib.suppress(OSError, Failure):
@@ -3729,7 +3729,7 @@ class Daemon:
             self.put_off(error, writes, now)
             return
         self.retry_at, self.pause_s = None, BUSY_S
-        self.deliver(done, claims, zip(writes, answers), now)
+        self.deliver(done, claims, list(zip(writes, answers)), now)
 
     def due(self):
         return self.store.next_due is not None and self.store.next_due <= now_ms()
@@ -3782,7 +3782,6 @@ class Daemon:
                 self.log("job dead: %s, %s" % (result.claim.job, verdict.error))
             elif result.outcome.reason == "unstarted":
                 self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
-        answered = list(answered)
         if answered or (done and self.kind == "run"):
             self.obey(now)
         for (channel, _, _), answer in answered:
@@ -3869,9 +3868,8 @@ class Daemon:
                 break
             channel.busy = True
             self.server.finish_request((channel, data), None)
-        if not channel.open or (channel.ended and channel.idle()):
-            self.part(channel)
-        elif len(channel.inbox) > 2 * MAX_REQUEST:
+        if (not channel.open or (channel.ended and channel.idle())
+                or len(channel.inbox) > 2 * MAX_REQUEST):
             self.part(channel)
 
     def next_request(self, channel):
