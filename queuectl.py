@@ -1852,21 +1852,16 @@ class Attempt:
 
     def drain(self):
         """Take what is in the pipe now: whoever still writes there is not waited for."""
-        if self.output is None:
-            return
-        import termios
-        left = struct.unpack("i", fcntl.ioctl(self.output, termios.FIONREAD, b"\0" * 4))[0]
-        while left > 0:
-            data = os.read(self.output, min(left, 65536))
-            if not data:
-                break
-            self.keep(data)
-            left -= len(data)
-        self.close_output()
+        if self.output is not None:
+            import termios
+            left, = struct.unpack("i", fcntl.ioctl(self.output, termios.FIONREAD, b"\0" * 4))
+            self.keep(os.read(self.output, left))  # a pipe gives all it has, if asked for as much
+            self.close_output()
 
     def close_output(self):
-        os.close(self.output)
-        self.output = None
+        if self.output is not None:
+            os.close(self.output)
+            self.output = None
 
     def on_message(self, reason, now):
         """Stop it: "cancelled" or "stopped"."""
@@ -1926,8 +1921,7 @@ class Attempt:
         self.over, self.deadline = True, None
         if process:
             process.wait()
-        if self.output is not None:
-            self.close_output()
+        self.close_output()
         self.close_file()
 
     def close_file(self):
@@ -2188,7 +2182,7 @@ class Worker:
         self.sock = sock
         self.slot_fd = slot_fd
         self.spool = spool
-        self.inbox = bytearray()
+        self.inbox = b""         # the beginning of a line
         self.attempt = None
         self.hearing = None      # the output that is polled
         self.leaving = False     # the daemon wants no more of it, or is gone
@@ -2253,10 +2247,8 @@ class Worker:
         if not data:
             self.leaving = True
             self.poll.unregister(self.sock)
-        self.inbox += data
-        while b"\n" in self.inbox:
-            line, _, rest = self.inbox.partition(b"\n")
-            self.inbox = rest
+        *lines, self.inbox = (self.inbox + data).split(b"\n")
+        for line in lines:
             self.obey(json.loads(line.decode()))
 
     def obey(self, message):
