@@ -760,8 +760,8 @@ def adopted(job, settings, now):
 # What becomes of a job after an attempt. Pure: it reads no clock and touches no store.
 
 # status: as subprocess gives it, 3 for exit 3, -9 for SIGKILL, None if unknown; reason: why it
-# ended: "" by itself, "timeout", "cancelled", "lost" (with its worker), "refused" (can't run, see
-# detail), and, given back: "stopped" (orderly stop), "unstarted" (no space, no process);
+# ended: "" by itself, "timeout", "cancelled", "worker lost", "refused" (can't run, see detail), and,
+# given back: "stopped" (orderly stop), "unstarted" (no space, no process);
 # dropped: bytes cut from the start of its output; ended_at: ms
 Outcome = collections.namedtuple("Outcome", "status reason detail dropped ended_at")
 GIVEN_BACK = ("stopped", "unstarted")
@@ -795,7 +795,7 @@ def failure_text(job, outcome):
         return ("timed out after %d ms (raise it with --timeout or: config set timeout 0)"
                 % job.timeout)
     if outcome.reason:
-        return {"lost": "worker lost"}.get(outcome.reason, outcome.detail or outcome.reason)
+        return outcome.detail or outcome.reason
     if outcome.status is None or outcome.status >= 0:
         return "exit %s" % outcome.status if outcome.status else None
     return "killed by " + signal_name(-outcome.status)
@@ -2361,9 +2361,9 @@ def result_of(claim, verdict, record, spool, limit, worker=None):
         outcome = Outcome(record.get("status"), record.get("reason", ""),
                           record.get("detail", ""), dropped, record.get("at"))
     else:
-        never_ran = "its worker ended before it began"
-        outcome = Outcome(None, *(("unstarted", never_ran) if verdict == "give back"
-                                  else ("lost", "")), dropped, None)
+        reason, detail = (("unstarted", "its worker ended before it began")
+                          if verdict == "give back" else ("worker lost", ""))
+        outcome = Outcome(None, reason, detail, dropped, None)
     return Result(claim, outcome, output, worker)
 
 
@@ -3102,7 +3102,7 @@ def adopt_strangers(store, now):
                 store.put_back(rowid)
             continue
         if job.state == "processing":  # its runner was not one of ours, and is gone
-            verdict = decide(job, Outcome(None, "lost", "", 0, now), store.settings, now)
+            verdict = decide(job, Outcome(None, "worker lost", "", 0, now), store.settings, now)
             job = job._replace(state=verdict.state, attempts=verdict.attempts, error=verdict.error,
                                locked_at=None)
             job = (job.waiting(verdict.due, now)._replace(run_after=iso(verdict.due))
