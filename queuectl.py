@@ -274,17 +274,18 @@ class Unreachable(Failure):
 def storage_error(path, error):
     """The StorageError for a sqlite3 or OS `error` on the database at `path`, with what to do."""
     text, path = str(error), safe(path)
-    for words, kind, advice in (
-            ("locked", Busy, "%s is locked by another program; try again when it is done"),
-            ("disk is full", StorageError, "no space left for %s; free some and try again"),
-            ("readonly", StorageError, "%s can't be written; check its mode and its file system"),
-            ("unable to open", StorageError, "%s can't be opened; check its directory"),
-            ("not a database", StorageError, "%s is not a database; restore a backup or move it"),
-            ("malformed", StorageError, "%s is corrupt; restore a backup, or save what is left"
-                                        " with: sqlite3 FILE .recover"),
-            ("no such", StorageError, "%s is not a queue's database: another program changed it"),
-            ("disk I/O", StorageError, "%s can't be read or written; look at the kernel's log")):
+    for words, advice in (
+            ("locked", "%s is locked by another program; try again when it is done"),
+            ("disk is full", "no space left for %s; free some and try again"),
+            ("readonly", "%s can't be written; check its mode and its file system"),
+            ("unable to open", "%s can't be opened; check its directory"),
+            ("not a database", "%s is not a database; restore a backup or move it"),
+            ("malformed", "%s is corrupt; restore a backup, or save what is left with:"
+                          " sqlite3 FILE .recover"),
+            ("no such", "%s is not a queue's database: another program changed it"),
+            ("disk I/O", "%s can't be read or written; look at the kernel's log")):
         if words in text:
+            kind = Busy if words == "locked" else StorageError
             return kind((advice % path) + " (%s)" % text)
     return StorageError("the database %s failed: %s" % (path, safe(text)))
 
