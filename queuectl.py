@@ -1123,7 +1123,7 @@ class Store:
         rows = self.query(sql, values)
         return rows[0][0] if rows else None
 
-    def write(self, sql, values):
+    def write(self, sql, values=()):
         """The number of rows written."""
         try:
             return self.connection.execute(sql, values).rowcount
@@ -1186,11 +1186,15 @@ class Store:
     def insert(self, jobs):
         """(new) -> pending. The caller has seen that the ids are free."""
         self.write_all("INSERT INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields)), jobs)
-        self.write_all("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
-                                    [(job.unique, job.id) for job in jobs if job.unique])
+        self.hold_keys(jobs)
         self.write("UPDATE totals SET enqueued = enqueued + ?", (len(jobs),))
         for job in jobs:
             self.expect(job.due)
+
+    def hold_keys(self, jobs):
+        """From now on the unique keys that they have are theirs."""
+        self.write_all("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
+                       [(job.unique, job.id) for job in jobs if job.unique])
 
     def expect(self, due):
         """Keep `next_due` no later than `due`."""
@@ -1351,7 +1355,7 @@ class Store:
                           finished_at = ?, updated_at = ?
                       WHERE id = ? AND state NOT IN ('completed', 'dead')""",
                    (stamp, stamp, job_id))
-        self.write("UPDATE totals SET dead = dead + 1", ())
+        self.write("UPDATE totals SET dead = dead + 1")
 
     def delete(self, ids):
         self.write_all("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in ids])
@@ -1376,9 +1380,7 @@ class Store:
                       WHERE id = ? AND state = 'dead'""", (
             stamp, stamp, job.timeout if job.own & OWN_TIMEOUT else self.settings["timeout"],
             job.max_retries if job.own & OWN_RETRIES else self.settings["max-retries"], job.id))
-        if job.unique:
-            self.write("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
-                       (job.unique, job.id))
+        self.hold_keys([job])
 
     def purge(self, state, before):
         """Delete jobs in `state` that finished before that date, some at a time; the number."""
@@ -1467,7 +1469,7 @@ class Store:
     def recount(self):
         """Set the counts right: INSERT OR REPLACE of another program escapes the triggers."""
         self.write("""UPDATE counts
-                      SET jobs = (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)""", ())
+                      SET jobs = (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)""")
 
     def totals(self):
         names = ("enqueued", "completed", "failed", "dead", "runtime_ms", "longest_ms")
