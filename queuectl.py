@@ -4639,11 +4639,10 @@ def completion_script(shell, table):
     return script.replace("ROWS", "\n".join(rows), 1)
 
 
-def printed(text, end="\n", stream=None):
-    """Write and flush, so that a full disk or a closed pipe shows here."""
-    stream = stream or sys.stdout
-    stream.write(text + end)
-    stream.flush()
+def printed(text):
+    """Write a line and flush, so that a full disk or a closed pipe shows here."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def tell(line):
@@ -4685,7 +4684,8 @@ class Drawing:
         width, most = shutil.get_terminal_size()
         lines = [clipped(line, width - 1) for line in list(lines)[:max(most - 1, 1)]]
         up = "\r\x1b[%dA" % (self.height - 1) if self.height > 1 else "\r"
-        printed(up * (self.height > 0) + "\x1b[J" + "\n".join(lines), end="", stream=self.stream)
+        self.stream.write(up * (self.height > 0) + "\x1b[J" + "\n".join(lines))
+        self.stream.flush()
         self.height = len(lines)
 
     def close(self):
