@@ -4645,6 +4645,11 @@ def printed(text):
     sys.stdout.flush()
 
 
+def print_line(value):
+    """A value as JSON in one line, on stdout."""
+    printed(compact(value))
+
+
 def tell(line):
     """For people: a full disk or a closed pipe there is no reason to fail."""
     utter(sys.stderr, line + "\n", 2)
@@ -4918,8 +4923,7 @@ def enqueue_lines(queue, args, fields):
     progress.close()
     warn(answer)
     if not args.quiet:
-        printed(compact({"success": True, "message": "Enqueued %s" % plural(stored, "job"),
-                         "already_queued": held}))
+        print_line(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
 
 
 @subcommand("enqueue", WHAT, *JOB_FLAGS, arg("-q", "--quiet", action="store_true",
@@ -4949,7 +4953,7 @@ def cmd_enqueue(queue, args):
     if args.quiet:
         printed(answer["id"])
         return None
-    printed(compact({"success": True, "message": answer["message"], "id": answer["id"]}))
+    print_line(reply(answer["message"], id=answer["id"]))
     tell("id: %s" % safe(answer["id"]))
     if not is_held(answer):
         job = decode_json(job, "the job") if isinstance(job, str) else job
@@ -4998,7 +5002,7 @@ def cmd_daemon_stop(queue, args):
     while started and process_start(pid) == started:
         hint("running jobs; Ctrl-C ends only the waiting")
         time.sleep(0.02)
-    printed(compact(reply("Stopped daemon")))
+    print_line(reply("Stopped daemon"))
 
 
 @subcommand("daemon status", examples=("daemon status", "--db /srv/q.db daemon status"))
@@ -5014,13 +5018,13 @@ def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many."""
     for last in (False, True):
         try:
-            printed(compact(queue.call("worker", "start", count=args.count)))
+            print_line(queue.call("worker", "start", count=args.count))
             return
         except (NoDaemon, NobodyThere):
             make_default_folder(queue.place)
         try:
             tell(start_in_background(queue.place, "--workers", str(args.count)))
-            printed(compact(reply("Started %s" % plural(args.count, "worker"))))
+            print_line(reply("Started %s" % plural(args.count, "worker")))
             return
         except Failure as error:
             if last or "already serves" not in str(error):
@@ -5032,7 +5036,7 @@ def cmd_worker_start(queue, args):
             examples=("worker stop", "worker stop --count 1 --now"))
 def cmd_worker_stop(queue, args):
     """End workers, each after its current job; they are no longer wanted."""
-    printed(compact(queue.call("worker", "stop", count=args.count, now=args.now)))
+    print_line(queue.call("worker", "stop", count=args.count, now=args.now))
 
 
 @subcommand("worker list", *LISTING, examples=("worker list --format table", "worker list -q"))
@@ -5237,7 +5241,7 @@ def cmd_wait(queue, args):
         raise job_status(ids[0], *ended[ids[0]])
     if dead:
         raise Failure("%s died; see: dlq list" % plural(dead, "job"))
-    printed(compact(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty")))
+    print_line(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty"))
 
 
 class Terminated(KeyboardInterrupt):
@@ -5355,7 +5359,7 @@ def cmd_drain(queue, args):
             died += more
     if died:
         raise Failure("%s died; see: dlq list" % plural(died, "job"))
-    printed(compact(reply("Queue drained")))
+    print_line(reply("Queue drained"))
 
 
 def report(args, done, count):
@@ -5366,7 +5370,7 @@ def report(args, done, count):
         message = "Job %s %s" % (args.ids[0], done)
     else:
         message = "%s %s" % (plural(count, "job"), done)
-    printed(compact(reply(message)))
+    print_line(reply(message))
 
 
 @subcommand("cancel", *selection(UNFINISHED), DRY_RUN,
@@ -5411,13 +5415,13 @@ def cmd_purge(queue, args):
             examples=("pause", "pause --reason 'disk swap, back at 9'"))
 def cmd_pause(queue, args):
     """Start nothing new; running jobs go on. Kept over restarts."""
-    printed(compact(queue.call("pause", reason=args.reason)))
+    print_line(queue.call("pause", reason=args.reason))
 
 
 @subcommand("resume", examples=("resume", "--db /srv/q.db resume"))
 def cmd_resume(queue, args):
     """End the pause."""
-    printed(compact(queue.call("resume")))
+    print_line(queue.call("resume"))
 
 
 @subcommand("dlq list", *LISTING, examples=("dlq list", "dlq list -q"))
@@ -5440,28 +5444,28 @@ def cmd_dlq_retry(queue, args):
         tell(line)
     if refused:
         raise Failure("%s, %d refused" % (done, len(refused)))
-    printed(compact(reply(done)))
+    print_line(reply(done))
 
 
 @subcommand("config set", arg("key", help=", ".join(SETTINGS)), arg("value"),
          examples=("config set max-retries 5", "config set timeout 10m"))
 def cmd_config_set(queue, args):
     """Change a setting. Times are milliseconds, or like 90s, 5m, 2h, 1d."""
-    printed(compact(queue.call("config", "set", key=args.key, value=args.value)))
+    print_line(queue.call("config", "set", key=args.key, value=args.value))
 
 
 @subcommand("config get", arg("key", help=", ".join(SETTINGS)),
          examples=("config get max-retries", "config get backoff"))
 def cmd_config_get(queue, args):
     """Show a setting."""
-    printed(compact(queue.call("config", "get", key=args.key)["message"]))
+    print_line(queue.call("config", "get", key=args.key)["message"])
 
 
 @subcommand("config unset", arg("key", help=", ".join(SETTINGS)),
             examples=("config unset timeout", "config unset on-dead"))
 def cmd_config_unset(queue, args):
     """Put a setting back to its default."""
-    printed(compact(queue.call("config", "unset", key=args.key)))
+    print_line(queue.call("config", "unset", key=args.key))
 
 
 @subcommand("config list", examples=("config list", "config list | grep timeout"))
@@ -5518,7 +5522,7 @@ def cmd_backup(queue, args):
         raise Failure("no queue at %s; name it with --db" % safe(path))
     signal.signal(signal.SIGTERM, terminate)  # so that no half of it is left
     count = back_up(path, os.path.abspath(args.file))
-    printed(compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file))))
+    print_line(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
 
 
 @subcommand("doctor", *LISTING, examples=("doctor --format table", "--db /srv/q.db doctor"))
