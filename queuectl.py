@@ -686,13 +686,16 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".spl
         return self._replace(due=due if due > now else None, ready=None if due > now else 1)
 
 
+NO_JOB = 'a job is a JSON object like {"command":"true"}'
+
+
 def make_job(given, settings, now, cwd=None, job_id=None):
     """A pending Job from the object a user gave (see FIELDS); raises BadField.
 
     `cwd` and `job_id` are what it gets where it brings none.
     """
     if not isinstance(given, dict):
-        raise Failure('a job is a JSON object like {"command":"true"}')
+        raise Failure(NO_JOB)
     fields = {}
     for name, value in dict({} if cwd is None else {"cwd": cwd}, **given).items():
         if name not in FIELDS:
@@ -4887,9 +4890,17 @@ def batches(stream):
         yield lines
 
 
-def parse_line(number, line):
+def read_job(text, fields, what="the job"):
+    """The job that a JSON text is; `fields`, what the flags say, win."""
+    job = decode_json(text, what)
+    if not isinstance(job, dict):
+        raise Failure(NO_JOB)
+    return dict(job, **fields)
+
+
+def parse_line(number, line, fields):
     try:
-        return decode_json(line.decode(), "it")
+        return read_job(line.decode(), fields, "it")
     except UnicodeDecodeError:
         raise Failure("it is not UTF-8", line=number)
     except Failure as error:
@@ -4905,9 +4916,7 @@ def enqueue_lines(queue, args, fields):
         raise Failure("there is nothing to read: stdin is closed")
     for lines in batches(sys.stdin.buffer):
         try:
-            jobs = [parse_line(number, line) for number, line in lines]
-            if fields:
-                jobs = [dict(job, **fields) if isinstance(job, dict) else job for job in jobs]
+            jobs = [parse_line(number, line, fields) for number, line in lines]
             answer = queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory(),
                                 ids=args.quiet)
         except Failure as error:
@@ -4937,17 +4946,14 @@ def cmd_enqueue(queue, args):
     fields = job_fields(args)
     if args.job == "-":
         return enqueue_lines(queue, args, fields)
-    job = args.job
     if args.argv is not None:
         job = fields
-    elif job is None:
+    elif args.job is None:
         raise Usage("a job is missing: JSON, or a command after --, like: enqueue -- make -j4")
-    elif job[:1].isalnum() or job[:1] in "./":
-        raise Failure('a job is a JSON object like {"command":"true"}; a command goes after --,'
-                      " like: enqueue -- make -j4")
-    elif fields:
-        job = decode_json(job, "the job")
-        job = dict(job, **fields) if isinstance(job, dict) else job
+    elif args.job[:1].isalnum() or args.job[:1] in "./":
+        raise Failure(NO_JOB + "; a command goes after --, like: enqueue -- make -j4")
+    else:
+        job = read_job(args.job, fields)
     answer = queue.call("enqueue", job=job, cwd=working_directory())
     warn(answer)
     if args.quiet:
@@ -4956,7 +4962,6 @@ def cmd_enqueue(queue, args):
     print_line(reply(answer["message"], id=answer["id"]))
     tell("id: %s" % safe(answer["id"]))
     if not is_held(answer):
-        job = decode_json(job, "the job") if isinstance(job, str) else job
         tell("command: %s" % safe(job["command"]))
     return None
 
