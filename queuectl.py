@@ -5369,13 +5369,9 @@ def cmd_drain(queue, args):
 
 def report(args, done, count):
     """What was done ("cancelled", "deleted"), or would be, to how many jobs."""
-    if args.dry_run:
-        message = "%s would be %s" % (plural(count, "job"), done)
-    elif len(args.ids) == 1:
-        message = "Job %s %s" % (args.ids[0], done)
-    else:
-        message = "%s %s" % (plural(count, "job"), done)
-    print_line(reply(message))
+    one = len(args.ids) == 1 and not args.dry_run
+    print_line(reply("%s %s%s" % ("Job " + args.ids[0] if one else plural(count, "job"),
+                                  "would be " * args.dry_run, done)))
 
 
 @subcommand("cancel", *selection(UNFINISHED), DRY_RUN,
@@ -5396,10 +5392,10 @@ def cmd_cancel(queue, args):
 
 @subcommand("delete", *selection(FINISHED), DRY_RUN,
             examples=("delete hello", "delete --state dead --dry-run"))
-def cmd_delete(queue, args):
+def cmd_delete(queue, args, older_than=0):
     """Delete finished jobs, with their attempts and output."""
-    counts = [answer["count"] for answer in each_answer(queue, args, FINISHED, "delete",
-                                                        dry_run=args.dry_run)]
+    counts = [answer["count"] for answer in each_answer(
+        queue, args, FINISHED, "delete", older_than=older_than, dry_run=args.dry_run)]
     report(args, "deleted", sum(counts))
 
 
@@ -5411,9 +5407,7 @@ def cmd_delete(queue, args):
 def cmd_purge(queue, args):
     """Delete completed jobs. The setting retention has it done by itself."""
     args.ids, args.all = (), False
-    counts = [answer["count"] for answer in each_answer(
-        queue, args, (), "delete", older_than=args.older_than, dry_run=args.dry_run)]
-    report(args, "deleted", sum(counts))
+    cmd_delete(queue, args, args.older_than)
 
 
 @subcommand("pause", arg("--reason", default="", metavar="TEXT", help="shown by status"),
