@@ -3642,10 +3642,16 @@ class Daemon:
         return max(min(at) - now, 0.0)
 
     def wants_turn(self, now):
-        if self.retry_at is not None and now < self.retry_at:
-            return False
-        return bool(self.writes or self.chores or self.store.next_due is None
-                    or (self.hungry and self.can_start(now)))
+        return not self.rests(now) and bool(
+            self.writes or self.chores or self.due() or (self.hungry and self.can_start(now)))
+
+    def rests(self, now):
+        """Whether it is too early to try again after trouble with the storage."""
+        return self.retry_at is not None and now < self.retry_at
+
+    def due(self):
+        """Whether jobs are due, or it is unknown when they are."""
+        return self.store.next_due is None or self.store.next_due <= now_ms()
 
     def can_start(self, now):
         return (self.pool.idle and not self.stopping and not self.paused
@@ -3706,14 +3712,14 @@ class Daemon:
 
     def turn(self, now):
         """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""
-        if self.retry_at is not None and now < self.retry_at and not self.writes:
+        if self.rests(now):
             return
         try:
             results = self.pool.results(self.store.settings["output-limit"], now)
         except OSError as error:  # no descriptors, or the disk fails: nothing is known yet
             self.trouble(error, now)
             return
-        if not results and not self.wants_turn(now) and not self.due():
+        if not results and not self.wants_turn(now):
             return
         writes, self.writes = self.writes, []
         try:
@@ -3729,9 +3735,6 @@ class Daemon:
         self.retry_at, self.pause_s = None, BUSY_S
         self.deliver(done, claims, list(zip(writes, answers)), now)
 
-    def due(self):
-        return self.store.next_due is not None and self.store.next_due <= now_ms()
-
     def do_chores(self):
         """Adopt, purge and promote, some at a time."""
         if self.chores:
@@ -3741,9 +3744,8 @@ class Daemon:
             self.chores = strangers == PROMOTE or purged == PURGE
         if self.commands:
             self.store.add_commands(self.commands)
-        if self.store.next_due is None or self.due():
-            if self.store.promote(now_ms()):
-                self.hungry = True
+        if self.due() and self.store.promote(now_ms()):
+            self.hungry = True
 
     def claims(self, now, done):
         """Claims for idle workers, and for those whose job has just ended."""
