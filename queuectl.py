@@ -353,14 +353,19 @@ def others_can_write(status):
         return True
 
 
+def check_directory(path, status):
+    """Refuse what is no directory of ours."""
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise Failure("%s is not a directory of yours; move it away" % safe(path))
+
+
 def private_directory(path):
     """Make `path` a directory of ours, 0700, or see that it is one nobody else can write."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
         os.chmod(path, 0o700)
     status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise Failure("%s is not a directory of yours; move it away" % safe(path))
+    check_directory(path, status)
     if others_can_write(status):
         raise Failure("%s can be written by others; run: chmod go-w %s" % (safe(path), safe(path)))
 
@@ -3219,11 +3224,16 @@ def knock(path):
     return "live"
 
 
+def name_beside(path):
+    """One that nobody knows, for what is to become `path` or was it."""
+    return os.path.join(os.path.dirname(path), os.urandom(4).hex())
+
+
 def remove_stale(path):
     """Move a stale socket aside, and see that it is the one that was found stale: another
     daemon may have found it stale too, and have put its own there."""
     before = os.lstat(path)
-    aside = os.path.join(os.path.dirname(path), os.urandom(4).hex())
+    aside = name_beside(path)
     os.rename(path, aside)
     if not os.path.samestat(os.lstat(aside), before):
         with contextlib.suppress(FileExistsError):
@@ -3234,7 +3244,7 @@ def remove_stale(path):
 def bind_private(sock, path, listen):
     """Bind `sock` to `path`, 0600 from its first instant; returns its inode. It listens under
     another name before `path` leads to it: in between it would look stale to others."""
-    hidden = os.path.join(os.path.dirname(path), os.urandom(4).hex())
+    hidden = name_beside(path)
     umask = os.umask(0o177)
     try:
         sock.bind(hidden)
@@ -4223,10 +4233,8 @@ def look_at_file(path, wanted):
     except FileNotFoundError:
         return "not there now"
     mode = stat.S_IMODE(status.st_mode)
-    if wanted == 0o600:
-        check_regular(path, status)
-    elif not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise Failure("%s is not a directory of yours; move it away" % path)
+    check = check_regular if wanted == 0o600 else check_directory
+    check(path, status)
     if mode != wanted:
         raise Failure("%s has mode %04o; run: chmod %o %s" % (path, mode, wanted, path))
     return path
