@@ -4018,11 +4018,15 @@ class Queue:
         self.place = place
         self.note = note
 
+    def by_socket(self):
+        """Whether only a socket was given: the queue is whatever is served there."""
+        return self.place.socket_given and not self.place.db_given
+
     def call(self, command, option=None, **value):
         """The answer to a request; Failure when it was refused."""
         request = {"command": command, "option": option, "flag": None, "value": value,
                    "version": VERSION, "once": os.urandom(12).hex()}
-        if self.place.socket_given and not self.place.db_given:
+        if self.by_socket():
             answer = self.ask_at_socket(request)
         else:
             answer = self.ask_holder(dict(request, db=self.place.db))
@@ -4158,20 +4162,23 @@ class Queue:
 
     def database(self):
         """Its path, for who only reads it: where just a socket was given the daemon there tells."""
-        if self.place.socket_given and not self.place.db_given:
+        if self.by_socket():
             return self.call("daemon", "status")["message"]["db"]
         return self.place.db
+
+
+def call_of(place):
+    """The words after the interpreter that call this very file for the queue at `place`."""
+    return ([os.path.abspath(__file__), "--db", place.db]
+            + ["--socket", place.socket] * place.socket_given)
 
 
 def start_in_background(place, *options):
     """Start a daemon in a session of its own; its ready line, once it is."""
     import subprocess
-    command = [sys.executable or "python3", os.path.abspath(__file__), "--db", place.db]
-    if place.socket_given:
-        command += ["--socket", place.socket]
-    daemon = subprocess.Popen(command + ["daemon"] + list(options), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
-                              start_new_session=True)
+    command = [sys.executable or "python3"] + call_of(place) + ["daemon"] + list(options)
+    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, cwd="/", start_new_session=True)
     ready = daemon.stdout.readline()
     if ready:
         daemon.returncode = 0  # it outlives us; subprocess would warn that nobody waited
@@ -4518,9 +4525,6 @@ def unit_word(text, variables=True):
 
 def systemd_unit(place, user):
     """A unit for this very file, interpreter and queue; `user`: for a user's own systemd."""
-    words = [os.path.abspath(__file__), "--db", place.db]
-    if place.socket_given:
-        words += ["--socket", place.socket]
     name = ""
     if os.geteuid() and not user:
         import pwd
@@ -4528,7 +4532,7 @@ def systemd_unit(place, user):
     program = unit_word(sys.executable or "/usr/bin/python3", variables=False)
     return UNIT % {
         "folder": unit_word(os.path.dirname(place.db), variables=False), "user": name,
-        "command": " ".join([program] + [unit_word(word) for word in words]),
+        "command": " ".join([program] + [unit_word(word) for word in call_of(place)]),
         "target": "default.target" if user else "multi-user.target"}
 
 
@@ -5510,7 +5514,7 @@ def cmd_check(queue, args):
     and nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error)."""
     if (args.completed is None) != (args.within is None):
         raise Usage("--completed and --within go together; see: queuectl check --help")
-    if (queue.place.db_given or not queue.place.socket_given) and queue.untouched():
+    if not queue.by_socket() and queue.untouched():
         raise Failure("no queue at %s; name it with --db" % safe(queue.place.db))
     queue.note = silent  # the line is all that a plugin says
     found = queue.call("check", prefix=args.completed, within=args.within or 0)["message"]
