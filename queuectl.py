@@ -2352,6 +2352,10 @@ class Hand:
         self.since = monotonic()  # of that, or of its leisure
         self.leaving = False    # ends after its job
 
+    def stop(self, reason):
+        """Have its command stopped: "cancelled" or "stopped"."""
+        self.channel.send(encode({"stop": self.claim.serial, "reason": reason}))
+
 
 class Orphan:
     """An open attempt without a worker of ours."""
@@ -2513,7 +2517,7 @@ class Pool:
         """Have running commands stopped and given back: all, or those whose worker is leaving."""
         for hand in list(self.hands.values()):
             if hand.claim and (hand.leaving or not leaving):
-                hand.channel.send(encode({"stop": hand.claim.serial, "reason": "stopped"}))
+                hand.stop("stopped")
         for orphan in self.orphans.values():
             if orphan.attended:
                 orphan.reason, self.look_at = orphan.reason or "stopped", 0.0
@@ -2522,7 +2526,7 @@ class Pool:
         """Have these commands stopped for good; once more does no harm."""
         for hand in list(self.hands.values()):
             if hand.claim and hand.claim.serial in serials:
-                hand.channel.send(encode({"stop": hand.claim.serial, "reason": "cancelled"}))
+                hand.stop("cancelled")
         for serial in set(serials) & set(self.orphans):
             self.orphans[serial].reason, self.look_at = "cancelled", 0.0
 
@@ -4273,7 +4277,7 @@ def look_at_socket(path, given, served):
 
 
 def look_at_daemon(db, path):
-    if path is None:
+    if not path:
         return "none runs"
     about = ask(path, {"command": "daemon", "option": "status", "db": db}, 5).get("message")
     if not isinstance(about, dict) or about.get("version") != VERSION:
@@ -4329,8 +4333,7 @@ def diagnose(queue, db):
     if os.path.isfile(lock):
         with contextlib.suppress(OSError), open(lock, "rb") as file:
             holder = unpad(file.read(LOCK_BYTES))
-    path = holder.get("socket") if look("lock", look_at_lock, lock, holder) else None
-    path = path if path and is_locked(lock) else None
+    path = look("lock", look_at_lock, lock, holder) and is_locked(lock) and holder.get("socket")
     look("socket", look_at_socket, path or place.socket, place.socket_given, path)
     look("daemon", look_at_daemon, db, path)
     found = inspect(db)
