@@ -3940,7 +3940,7 @@ class Daemon:
             with self.store.savepoint():
                 return perform(context, call)
         except StorageError as error:
-            if self.store.in_transaction():
+            if call.operation.writes:  # what the turn did before may be undone as well
                 raise
             return error_answer(error)
         except Failure as error:

@@ -1062,6 +1062,17 @@ class OperationsTest(StoreCase):
     def ids(self):
         return [job.id for _, job in self.store.jobs(None, 0, 999)]
 
+    def test_what_sqlite_undid_as_a_whole_is_not_gone_on_with(self):
+        daemon = object.__new__(queuectl.Daemon)
+        daemon.store = self.store
+        pages = self.store.value("PRAGMA page_count")
+        self.store.query("PRAGMA max_page_count = %d" % (pages + 3))
+        call = queuectl.resolve({"command": "pause", "value": "x" * 100000, "once": "a"})
+        with self.assertRaises(queuectl.StorageError), self.store.transaction():
+            daemon.answer(call)
+            self.fail("it went on")
+        self.assertFalse(self.store.in_transaction())
+
     def test_enqueue_answers_with_the_id(self):
         answer = {"success": True, "message": "Job enqueued", "id": "a"}
         self.assertEqual(self.ask("enqueue", job={"id": "a", "command": "x"}, cwd="/w"), answer)
