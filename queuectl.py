@@ -3367,15 +3367,16 @@ def notify(text):
             sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
-def patiently(action):
-    """What `action()` returns, tried again while another program has the database locked."""
+def patiently(action, trouble=Busy):
+    """What `action()` returns, tried again for some time while it raises `trouble`."""
     deadline = monotonic() + REACH_S
     while True:
         try:
             return action()
-        except Busy:
+        except trouble:
             if monotonic() > deadline:
                 raise
+            time.sleep(0.02)
 
 
 def open_store(db, known):
@@ -4031,9 +4032,9 @@ class Queue:
         request = {"command": command, "option": option, "flag": None, "value": value,
                    "version": VERSION, "once": os.urandom(12).hex()}
         if self.by_socket():
-            answer = self.ask_at_socket(request)
+            answer = patiently(lambda: self.ask_at_socket(request), Unreachable)
         else:
-            answer = self.ask_holder(dict(request, db=self.place.db))
+            answer = self.ask_queue(dict(request, db=self.place.db))
         if answer.get("success") is True:
             self.note = silent
             if isinstance(answer.get("db"), str):  # a temporary daemon may be gone the next time
@@ -4047,19 +4048,13 @@ class Queue:
 
     def ask_at_socket(self, request):
         """Only a socket was given: whatever is served there."""
-        deadline = monotonic() + REACH_S
-        while True:
-            if knock(self.place.socket) != "live":
-                raise NobodyThere(self.place.socket)
-            try:
-                return ask(self.place.socket, request)
-            except Unreachable:
-                if monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+        if knock(self.place.socket) != "live":
+            raise NobodyThere(self.place.socket)
+        return ask(self.place.socket, request)
 
-    def ask_holder(self, request):
-        """The lock tells: free, do it here; held, ask its holder, until either works."""
+    def ask_queue(self, request):
+        """Have it done by whoever holds the queue's lock, or here; reads of a queue that isn't
+        there yet make none."""
         call = resolve(request)
         if not call.operation.writes and self.untouched():
             return self.do_here(None, call)
@@ -4069,21 +4064,22 @@ class Queue:
                 raise Failure("%s does not exist; %s; or name the new queue with --db"
                               % (safe(self.place.db), other))
         make_default_folder(self.place)
-        deadline, lock = monotonic() + REACH_S, Lock(self.place.db)
-        while True:
-            try:
-                if lock.take():
-                    return self.do_here(lock, call)
-                holder = lock.text()
-            finally:
-                lock.release()
-            try:
-                return ask(self.check_holder(holder), request)
-            except Unreachable as error:
-                if monotonic() > deadline:
-                    raise Failure("pid %s holds the lock of %s, but %s" % (
-                        holder.get("pid", "unknown"), safe(self.place.db), error))
-                time.sleep(0.02)
+        return patiently(lambda: self.ask_holder(request, call), Unreachable)
+
+    def ask_holder(self, request, call):
+        """The lock tells: free, do it here; held, ask its holder."""
+        lock = Lock(self.place.db)
+        try:
+            if lock.take():
+                return self.do_here(lock, call)
+            holder = lock.text()
+        finally:
+            lock.release()
+        try:
+            return ask(self.check_holder(holder), request)
+        except Unreachable as error:
+            raise Unreachable("pid %s holds the lock of %s, but %s" % (
+                holder.get("pid", "unknown"), safe(self.place.db), error))
 
     def check_holder(self, holder):
         """The socket of the lock's holder, after a look at what the user gave."""
