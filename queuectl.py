@@ -2597,7 +2597,8 @@ class Pool:
 # store; now: ms; daemon: None without one
 Context = collections.namedtuple("Context", "store now daemon")
 
-# names: of its arguments; bare: the one that a `value` without a flag stands for
+# names: of its arguments, as the function has them after the context; bare: the one that a `value`
+# without a flag stands for
 Operation = collections.namedtuple("Operation", "function names bare writes needs_daemon")
 OPERATIONS = {}  # (command, option) -> Operation
 
@@ -2606,8 +2607,9 @@ OPERATIONS = {}  # (command, option) -> Operation
 Call = collections.namedtuple("Call", "operation arguments once")
 
 
-def operation(command, option=None, *, names=(), bare=None, writes=False, needs_daemon=False):
+def operation(command, option=None, *, bare=None, writes=False, needs_daemon=False):
     def register(function):
+        names = function.__code__.co_varnames[1:function.__code__.co_argcount]
         OPERATIONS[command, option] = Operation(function, names, bare, writes, needs_daemon)
         return function
     return register
@@ -2749,7 +2751,7 @@ def admit(context, given, cwd):
     return told, len(new)
 
 
-@operation("enqueue", names=("job", "cwd"), bare="job", writes=True)
+@operation("enqueue", bare="job", writes=True)
 def op_enqueue(context, job=None, cwd=None):
     """Store one job, given as JSON text or as an object."""
     given = decode_json(job, "the job") if isinstance(job, str) else job
@@ -2758,7 +2760,7 @@ def op_enqueue(context, job=None, cwd=None):
                  **new_job_note(context))
 
 
-@operation("enqueue", "batch", names=("jobs", "cwd", "ids"), bare="jobs", writes=True)
+@operation("enqueue", "batch", bare="jobs", writes=True)
 def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
     """Store all of the jobs, or none. Their ids are told only if asked for: the answer is
     remembered."""
@@ -2777,7 +2779,7 @@ def worker_list(context):
             for pid, state, claim, ms in roll]
 
 
-@operation("status", names=("full",))
+@operation("status")
 def op_status(context, full=False):
     """Counts; with `full` also what `status --watch` shows."""
     store, daemon = context.store, context.daemon
@@ -2791,7 +2793,7 @@ def op_status(context, full=False):
     return reply(told)
 
 
-@operation("list", names=("state", "after", "limit"), bare="state")
+@operation("list", bare="state")
 def op_list(context, state=None, after=0, limit=PAGE_JOBS):
     """A page of jobs, oldest first, beyond `after`; `next` is what comes after, None at the end."""
     if state is not None:
@@ -2810,7 +2812,7 @@ def op_list(context, state=None, after=0, limit=PAGE_JOBS):
     return reply(page, next=after)
 
 
-@operation("dlq", "list", names=("after", "limit"))
+@operation("dlq", "list")
 def op_dlq_list(context, after=0, limit=PAGE_JOBS):
     return op_list(context, "dead", after, limit)
 
@@ -2826,7 +2828,7 @@ def retry_obstacle(store, job):
     return None
 
 
-@operation("dlq", "retry", names=("ids", "state", "after", "upto"), bare="ids", writes=True)
+@operation("dlq", "retry", bare="ids", writes=True)
 def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
     """Queue dead jobs again: those named, all or none; of a page of all, those that can be."""
     store, refused = context.store, []
@@ -2844,7 +2846,7 @@ def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
                  count=len(jobs) - len(refused), refused=refused, **page)
 
 
-@operation("cancel", names=("ids", "state", "after", "upto", "dry_run"), bare="ids", writes=True)
+@operation("cancel", bare="ids", writes=True)
 def op_cancel(context, ids=(), state=None, after=0, upto=None, dry_run=False):
     """Make waiting jobs dead, have running ones stopped: those named, all or none, or a page."""
     store, stopping = context.store, []
@@ -2861,8 +2863,7 @@ def op_cancel(context, ids=(), state=None, after=0, upto=None, dry_run=False):
                  **page)
 
 
-@operation("delete", names=("ids", "state", "older_than", "after", "upto", "dry_run"),
-           bare="ids", writes=True)
+@operation("delete", bare="ids", writes=True)
 def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry_run=False):
     """Delete finished jobs: those named, all or none, or some of those in `state` that finished
     `older_than` ms ago or before; `next` is None once there are no more."""
@@ -2891,7 +2892,7 @@ def waiting_for(context, job):
     return hindrance(context) or "a free worker"
 
 
-@operation("show", names=("id",), bare="id")
+@operation("show", bare="id")
 def op_show(context, id=None):
     """The job with its attempts, first to last, and what it waits for."""
     store, job = context.store, known_job(context.store, id)
@@ -2902,7 +2903,7 @@ def op_show(context, id=None):
     return reply(dict(job.public(), waiting_for=waiting_for(context, job), history=history))
 
 
-@operation("logs", names=("id", "attempt", "offset", "limit", "work"), bare="id")
+@operation("logs", bare="id")
 def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=False):
     """A piece of what an attempt (None: the last) wrote, in base64, from byte `offset` of it on.
 
@@ -2937,7 +2938,7 @@ def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=Fa
                  waiting_for=waiting_for(context, job), db=store.path)
 
 
-@operation("wait", names=("ids",), bare="ids")
+@operation("wait", bare="ids")
 def op_wait(context, ids=()):
     """[[id, state, exit code, error]] of those of the jobs that have ended."""
     if not isinstance(ids, list) or len(ids) > MAX_ASKED or not all(map(is_text, ids)):
@@ -2949,7 +2950,7 @@ def op_wait(context, ids=()):
                  db=context.store.path)
 
 
-@operation("pause", names=("reason",), bare="reason", writes=True)
+@operation("pause", bare="reason", writes=True)
 def op_pause(context, reason=""):
     """Start nothing new until `resume`."""
     context.store.set_paused(checked("reason", as_text, reason))
@@ -2963,7 +2964,7 @@ def op_resume(context):
     return reply("Queue resumed" if paused else "Queue was not paused")
 
 
-@operation("config", "set", names=("key", "value"), writes=True)
+@operation("config", "set", writes=True)
 def op_config_set(context, key=None, value=None):
     if value is None:
         raise BadField(key, "needs a value; for the default: config unset")
@@ -2972,14 +2973,14 @@ def op_config_set(context, key=None, value=None):
     return reply("Updated %s to %s" % (key, safe(text)))
 
 
-@operation("config", "unset", names=("key",), bare="key", writes=True)
+@operation("config", "unset", bare="key", writes=True)
 def op_config_unset(context, key=None):
     checked_key(key)
     context.store.set_setting(key, None)
     return reply("%s is back to its default, %s" % (key, compact(context.store.settings[key])))
 
 
-@operation("config", "get", names=("key",), bare="key")
+@operation("config", "get", bare="key")
 def op_config_get(context, key=None):
     return reply(context.store.settings[checked_key(key)])
 
@@ -3008,7 +3009,7 @@ def op_metrics(context):
         "commands_recorded": store.total_commands()})
 
 
-@operation("worker", "start", names=("count",), bare="count", writes=True, needs_daemon=True)
+@operation("worker", "start", bare="count", writes=True, needs_daemon=True)
 def op_worker_start(context, count=1):
     count = checked("count", as_count, count)
     if context.daemon and context.daemon.stopping:
@@ -3025,7 +3026,7 @@ def op_worker_list(context):
     return reply(worker_list(context))
 
 
-@operation("worker", "stop", names=("count", "now"), bare="count", writes=True, needs_daemon=True)
+@operation("worker", "stop", bare="count", writes=True, needs_daemon=True)
 def op_worker_stop(context, count=None, now=False):
     """Want `count` workers fewer (None: none at all); `now`: stop their jobs, give them back."""
     wanted = context.store.wanted()
@@ -3036,7 +3037,7 @@ def op_worker_stop(context, count=None, now=False):
     return reply("Stopped workers" if count is None else "Stopped %s" % plural(fewer, "worker"))
 
 
-@operation("daemon", "stop", names=("grace",), bare="grace", needs_daemon=True)
+@operation("daemon", "stop", bare="grace", needs_daemon=True)
 def op_daemon_stop(context, grace=None):
     """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
     if grace is not None:
@@ -3048,7 +3049,7 @@ def op_daemon_stop(context, grace=None):
 KINDS = ("run", "drain", "daemon")  # of daemons: each gives way to those after it
 
 
-@operation("daemon", "yield", names=("kind",))
+@operation("daemon", "yield")
 def op_daemon_yield(context, kind=None):
     """A temporary daemon gives lock and socket up to one of a later kind."""
     if kind not in KINDS or context.daemon is None or (
@@ -3063,7 +3064,7 @@ def op_daemon_status(context):
     return reply(context.daemon.about())
 
 
-@operation("check", names=("prefix", "within"))
+@operation("check")
 def op_check(context, prefix=None, within=0):
     """What `check` judges: numbers of jobs and workers; the age (s) of the job that has been ready
     longest; if `prefix` is given, ended: s since the last completion of a job whose id begins so,
