@@ -4764,10 +4764,11 @@ JOB_FLAGS = (
     arg("--cwd", type=os.path.abspath, metavar="DIR", help="where it runs (default: here)"),
     arg("--env", action="append", nargs="+", metavar="K=V", help="added to its environment"),
     arg("--unique", metavar="KEY", help="store nothing while an unfinished job has this key"))
+QUIET = arg("-q", "--quiet", action="store_true", help="print ids only")
 LISTING = (
     arg("--format", choices=tuple(FORMATS), default="json", help="default: json"),
-    arg("--json", dest="format", action="store_const", const="json", help="--format json"),
-    arg("-q", "--quiet", action="store_true", help="print ids only"))
+    arg("--json", dest="format", action="store_const", const="json", help="--format json"), QUIET)
+KEY = arg("key", help=", ".join(SETTINGS))
 DRY_RUN = arg("--dry-run", action="store_true", help="only say how many it would be")
 
 
@@ -4949,8 +4950,7 @@ def enqueue_lines(queue, args, fields):
         print_line(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
 
 
-@subcommand("enqueue", WHAT, *JOB_FLAGS, arg("-q", "--quiet", action="store_true",
-                                                help="print ids only"),
+@subcommand("enqueue", WHAT, *JOB_FLAGS, QUIET,
             examples=("""enqueue '{"id":"hello","command":"echo Hello World"}'""",
                       "enqueue --unique backup --timeout 2h -- tar -czf /srv/a.tgz /etc",
                       "enqueue - <jobs.jsonl"))
@@ -5460,22 +5460,20 @@ def cmd_dlq_retry(queue, args):
     print_line(reply(done))
 
 
-@subcommand("config set", arg("key", help=", ".join(SETTINGS)), arg("value"),
-         examples=("config set max-retries 5", "config set timeout 10m"))
+@subcommand("config set", KEY, arg("value"),
+            examples=("config set max-retries 5", "config set timeout 10m"))
 def cmd_config_set(queue, args):
     """Change a setting. Times are milliseconds, or like 90s, 5m, 2h, 1d."""
     print_line(queue.call("config", "set", key=args.key, value=args.value))
 
 
-@subcommand("config get", arg("key", help=", ".join(SETTINGS)),
-         examples=("config get max-retries", "config get backoff"))
+@subcommand("config get", KEY, examples=("config get max-retries", "config get backoff"))
 def cmd_config_get(queue, args):
     """Show a setting."""
     print_line(queue.call("config", "get", key=args.key)["message"])
 
 
-@subcommand("config unset", arg("key", help=", ".join(SETTINGS)),
-            examples=("config unset timeout", "config unset on-dead"))
+@subcommand("config unset", KEY, examples=("config unset timeout", "config unset on-dead"))
 def cmd_config_unset(queue, args):
     """Put a setting back to its default."""
     print_line(queue.call("config", "unset", key=args.key))
