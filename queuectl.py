@@ -102,7 +102,7 @@ BATCH_JOBS = 1000               # `enqueue -` stores so many at once,
 BATCH_BYTES = 8 << 20           # or so many bytes
 PAGE_JOBS = 500                 # a list travels in pages of so many jobs,
 PAGE_BYTES = 1 << 20            # or so many bytes
-PROMOTE = 1000                  # due jobs made ready in one turn of the loop
+PROMOTE = 1000                  # due jobs made ready, or rows adopted, in one turn of the loop
 STARTS = 32                     # workers started in one turn of the loop
 ANSWERS = 250                   # answers remembered, for clients whose connection broke
 MAX_ASKED = 500                 # ids in one statement: SQLite 3.7.17 takes 999 values
@@ -111,7 +111,7 @@ PAGE_OUTPUT = 256 << 10         # output travels in pieces of so many bytes
 MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
 LOOKED_AT = 20000               # jobs that `check` looks at, some 20 ms
 LOW_DISK = 64 << 20             # bytes free below which `doctor` warns
-MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to before it is cut
+MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to, at least, before it is cut
 
 KEEP_MS = 2000                  # a completed job stays at least: who waits for it must see it
 GRACE_S = 2.0                   # from SIGTERM to SIGKILL
@@ -124,7 +124,7 @@ POLL_S = 0.2                    # between two looks of a command that watches, a
 IDLE_S = 60.0                   # a connection without a request is closed
 BUSY_S = 0.05                   # SQLite's own wait for a lock: the loop stands still meanwhile
 
-# kind: how the text is read (see read_setting); low, high: the range, or the choices
+# kind: how the text is read (see `typed`); low, high: the range, or low: the choices
 Setting = collections.namedtuple("Setting", "default kind low high about")
 SETTINGS = {
     "max-retries": Setting(3, "int", 1, 1000, "attempts in all before a job is dead"),
@@ -143,7 +143,8 @@ DEFAULT_SOCKET = "/tmp/queuectl.sock"
 CODE = sys._getframe().f_code   # this file, compiled; see shed_syntax_tree
 
 # ---- Time, ids and text -------------------------------------------------------------------------
-# The only place that reads a clock. Everything below takes `now`: milliseconds since 1970, UTC.
+# The only place that reads a clock, for processes and sockets. Whatever decides or stores takes the
+# time as `now`: milliseconds since 1970, UTC.
 
 UNITS_MS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000, "d": 86400000}
 DATE = (r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
@@ -769,8 +770,8 @@ def adopted(job, settings, now):
 # What becomes of a job after an attempt. Pure: it reads no clock and touches no store.
 
 # status: as subprocess gives it, 3 for exit 3, -9 for SIGKILL, None if unknown; reason: why it
-# ended: "" by itself, "timeout", "cancelled", "worker lost", "refused" (can't run, see detail), and,
-# given back: "stopped" (orderly stop), "unstarted" (no space, no process);
+# ended: "" by itself, "timeout", "cancelled", "worker lost", "refused" (can't run, see detail),
+# and, given back: "stopped" (orderly stop), "unstarted" (no space, no process);
 # dropped: bytes cut from the start of its output; ended_at: ms
 Outcome = collections.namedtuple("Outcome", "status reason detail dropped ended_at")
 GIVEN_BACK = ("stopped", "unstarted")
@@ -3743,7 +3744,7 @@ class Daemon:
                 done = record_results(self.store, results, now_ms())
                 answers = [self.answer(call) for _, call, _ in writes]
                 self.do_chores()
-                claims = self.claims(now, done)
+                claims = self.claim(now, done)
         except StorageError as error:
             self.pool.look_at = 0.0
             self.put_off(error, writes, now)
@@ -3763,8 +3764,9 @@ class Daemon:
         if self.due() and self.store.promote(now_ms()):
             self.hungry = True
 
-    def claims(self, now, done):
-        """Claims for idle workers, and for those whose job has just ended."""
+    def claim(self, now, done):
+        """Claims for idle workers, and for those whose job has just ended; what ended (`done`)
+        may want a pause, or other jobs worked."""
         for result, _, heir in done:
             if result.outcome.reason == "unstarted":
                 self.pool.hold_until = now + LOOK_S
@@ -4987,11 +4989,12 @@ def announce(line):
 
 @subcommand("daemon", arg("--workers", type=count_flag, metavar="N",
                           help="workers wanted from now on (default: as many as before)"),
-         arg("--grace", type=duration_flag, metavar="DUR",
-             help="how long a stop waits for running jobs, like 30s (default: as long as it takes)"),
-         arg("--detach", action="store_true", help="run in the background"),
-         arg("--only", help=argparse.SUPPRESS),  # how `run` has its job worked without a daemon
-         examples=("daemon --workers 2", "daemon --workers 4 --grace 60s"))
+            arg("--grace", type=duration_flag, metavar="DUR",
+                help="how long a stop waits for running jobs, like 30s (default: as long as it"
+                     " takes)"),
+            arg("--detach", action="store_true", help="run in the background"),
+            arg("--only", help=argparse.SUPPRESS),  # how `run` has its job worked without a daemon
+            examples=("daemon --workers 2", "daemon --workers 4 --grace 60s"))
 def cmd_daemon(queue, args):
     """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running
     jobs, exit; a second one stops them and gives their attempts back."""
@@ -5012,8 +5015,8 @@ def cmd_daemon(queue, args):
 
 
 @subcommand("daemon stop", arg("--grace", type=duration_flag, metavar="DUR",
-                            help="stop jobs that still run after it"),
-         examples=("daemon stop", "daemon stop --grace 30s"))
+                               help="stop jobs that still run after it"),
+            examples=("daemon stop", "daemon stop --grace 30s"))
 def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone."""
     pid = queue.call("daemon", "stop", grace=args.grace)["pid"]
@@ -5031,8 +5034,8 @@ def cmd_daemon_status(queue, args):
 
 
 @subcommand("worker start", arg("--count", type=count_flag, default=1, metavar="N",
-                             help="how many (default 1)"),
-         examples=("worker start", "worker start --count 3"))
+                                help="how many (default 1)"),
+            examples=("worker start", "worker start --count 3"))
 def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many."""
     for last in (False, True):
@@ -5050,7 +5053,8 @@ def cmd_worker_start(queue, args):
                 raise
 
 
-@subcommand("worker stop", arg("--count", type=count_flag, metavar="N", help="so many (default: all)"),
+@subcommand("worker stop", arg("--count", type=count_flag, metavar="N",
+                               help="so many (default: all)"),
             arg("--now", action="store_true", help="stop their jobs, which are then run again"),
             examples=("worker stop", "worker stop --count 1 --now"))
 def cmd_worker_stop(queue, args):
@@ -5196,7 +5200,7 @@ def ended_with(code, message):
     return error
 
 
-def job_status(job_id, state, exit_code, error):
+def failure_of(job_id, state, exit_code, error):
     """None for a job that completed; else a Failure with its exit code, 125 if it has none."""
     if state == "completed":
         return None
@@ -5257,7 +5261,7 @@ def cmd_wait(queue, args):
         dead = watch_progress(progress_of(queue, ids, ended) if ids else progress_of_all(queue),
                               args.timeout)
     if dead and len(ids) == 1:
-        raise job_status(ids[0], *ended[ids[0]])
+        raise failure_of(ids[0], *ended[ids[0]])
     if dead:
         raise Failure("%s died; see: dlq list" % plural(dead, "job"))
     print_line(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty"))
@@ -5325,7 +5329,7 @@ def cmd_run(queue, args):
     if not args.quiet:
         warn(answer)
     end = attend(queue, job_id, args.quiet)
-    failure = job_status(job_id, end["state"], end["exit_code"], end["error"])
+    failure = failure_of(job_id, end["state"], end["exit_code"], end["error"])
     if failure and args.quiet:
         follow(queue, job_id, write_bytes, to_end=False)
     if failure:
@@ -5486,8 +5490,8 @@ def cmd_config_list(queue, args):
 
 
 @subcommand("metrics", arg("--format", choices=("json", "prometheus"), default="json",
-                         metavar="F", help="json (default), or prometheus for its collectors"),
-         examples=("metrics", "metrics --format prometheus >queuectl.prom"))
+                            metavar="F", help="json (default), or prometheus for its collectors"),
+            examples=("metrics", "metrics --format prometheus >queuectl.prom"))
 def cmd_metrics(queue, args):
     """Show counters and run times."""
     metrics = queue.call("metrics")["message"]
@@ -5500,13 +5504,13 @@ def cmd_metrics(queue, args):
 
 
 @subcommand("check", arg("--max-pending", type=limit_flag, metavar="N", help="most pending jobs"),
-         arg("--max-dead", type=limit_flag, metavar="N", help="most dead jobs"),
-         arg("--max-age", type=duration_flag, metavar="DUR",
-             help="longest that a ready job may have waited, like 10m"),
-         arg("--completed", metavar="ID-PREFIX",
-             help="a job whose id begins so must have completed"),
-         arg("--within", type=duration_flag, metavar="DUR", help="not longer ago than this"),
-         examples=("check --max-dead 0 --max-age 10m", "check --completed backup- --within 26h"))
+            arg("--max-dead", type=limit_flag, metavar="N", help="most dead jobs"),
+            arg("--max-age", type=duration_flag, metavar="DUR",
+                help="longest that a ready job may have waited, like 10m"),
+            arg("--completed", metavar="ID-PREFIX",
+                help="a job whose id begins so must have completed"),
+            arg("--within", type=duration_flag, metavar="DUR", help="not longer ago than this"),
+            examples=("check --max-dead 0 --max-age 10m", "check --completed backup- --within 26h"))
 def cmd_check(queue, args):
     """Judge the queue as a monitoring plugin. It says one line and exits 0 OK, 1 WARNING (jobs wait
     and nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error)."""
@@ -5524,7 +5528,7 @@ def cmd_check(queue, args):
 
 
 @subcommand("backup", arg("file", metavar="FILE", help="a file that does not exist yet"),
-         examples=("backup /var/backups/queue-$(date +%F).db", "--db /srv/q.db backup /mnt/q.db"))
+            examples=("backup /var/backups/queue-$(date +%F).db", "--db /srv/q.db backup /mnt/q.db"))
 def cmd_backup(queue, args):
     """Copy the database while jobs run. The copy holds all that was acknowledged before, is
     checked, 0600, and a queue like any other: DB_PATH=FILE."""
@@ -5549,8 +5553,8 @@ def cmd_doctor(queue, args):
 
 
 @subcommand("systemd", arg("--user", action="store_true", help="for your own systemd instance"),
-         examples=("systemd | sudo tee /etc/systemd/system/queuectl.service",
-                   "systemd --user >~/.config/systemd/user/queuectl.service"))
+            examples=("systemd | sudo tee /etc/systemd/system/queuectl.service",
+                      "systemd --user >~/.config/systemd/user/queuectl.service"))
 def cmd_systemd(queue, args):
     """Print a systemd unit that serves this queue with this file. Jobs run as the user who asks,
     and have 80 s to end when it is stopped."""
@@ -5596,8 +5600,8 @@ def completions():
 
 
 @subcommand("completion", arg("shell", choices=sorted(SHELLS), help="the shell to complete in"),
-         examples=("completion bash >~/.local/share/bash-completion/completions/queuectl",
-                   "completion fish >~/.config/fish/completions/queuectl.fish"))
+            examples=("completion bash >~/.local/share/bash-completion/completions/queuectl",
+                      "completion fish >~/.config/fish/completions/queuectl.fish"))
 def cmd_completion(queue, args):
     """Print what makes Tab complete commands, flags, states and settings."""
     printed(completion_script(args.shell, completions()))
