@@ -5647,25 +5647,24 @@ def parse_group(name, rest):
         safe(" ".join([name] + rest[:1])), ", ".join(known or COMMANDS)))
 
 
-def parse_global(argv):
-    """The arguments that stand before a command; `words` are the command and what follows."""
+def parse_global(argv, args):
+    """Take the flags that stand before a command into `args`; the command and what follows."""
     parser = new_parser("queuectl", description=__doc__.partition("\n\n")[0], epilog=overview()
                         + "\n\nexamples:\n" + __doc__.split("\n\n")[1]
                         + "\n\nqueuectl COMMAND --help tells more.")
     parser.add_argument("--version", action="version", version="queuectl " + VERSION)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
-    args = parser.parse_args(argv, argparse.Namespace(argv=None))
-    if not args.words:
+    words = parser.parse_args(argv, args).words
+    if not words:
         raise Usage("a command is missing; see: queuectl --help")
-    return args
+    return words
 
 
 def parse(argv):
     """(function, arguments) of a command line. Only the parsers that are needed are made."""
-    args, words = argparse.Namespace(argv=None), argv
+    args, words = argparse.Namespace(argv=None, db=None, socket=None), argv
     if not argv or argv[0].startswith("-"):
-        args = parse_global(argv)
-        words = args.words
+        words = parse_global(argv, args)
     name = " ".join(words[:2])
     if name not in COMMANDS:
         name = words[0]
@@ -5738,7 +5737,7 @@ def main(argv):
     """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
     try:
         function, args = parse([utf8(argument) for argument in argv])
-        place = locate(getattr(args, "db", None), getattr(args, "socket", None), os.environ)
+        place = locate(args.db, args.socket, os.environ)
         return function(Queue(place, tell), args) or 0
     except Failure as error:
         return complain(argv, str(error), error.exit_code)
