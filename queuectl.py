@@ -2996,15 +2996,17 @@ def op_metrics(context):
     store, daemon = context.store, context.daemon
     counts, totals = store.counts(), store.totals()
     average = totals["runtime_ms"] / 1000.0 / totals["completed"] if totals["completed"] else 0
+    uptime_s, commands, workers = (
+        (daemon.uptime_s(), daemon.commands, daemon.pool.count()) if daemon else (0, 0, 0))
     return reply({
         "total_jobs": sum(counts.values()), "completed_jobs": counts["completed"],
-        "uptime": "%d min" % (daemon.uptime_s() / 60 if daemon else 0),
-        "total_commands": store.total_commands() + (daemon.commands if daemon else 0),
+        "uptime": "%d min" % (uptime_s / 60),
+        "total_commands": store.total_commands() + commands,
         "average_runtime": round(average, 3), "max_runtime": totals["longest_ms"] / 1000.0,
         "dead_jobs": counts["dead"], "failed_attempts": totals["failed"],
         "jobs_enqueued": totals["enqueued"], "jobs_completed": totals["completed"],
-        "jobs_died": totals["dead"], "workers_running": daemon.pool.count() if daemon else 0,
-        "jobs": counts, "uptime_s": int(daemon.uptime_s()) if daemon else 0,
+        "jobs_died": totals["dead"], "workers_running": workers,
+        "jobs": counts, "uptime_s": int(uptime_s),
         "total_runtime": totals["runtime_ms"] / 1000.0, "database_bytes": store.size(),
         # Those that a kill of the daemon can't take back: a counter must not fall.
         "commands_recorded": store.total_commands()})
@@ -3916,8 +3918,8 @@ class Daemon:
         if call.operation.writes:
             self.writes.append((channel, call, monotonic()))
         elif "after" in call.operation.names and not {"after", "limit"} & set(call.arguments):
-            channel.pages = self.pages(call)
-            self.send(channel, None)
+            channel.pages, channel.busy = self.pages(call), False
+            channel.flush()
         else:
             self.send(channel, self.answer(call))
 
@@ -3955,8 +3957,7 @@ class Daemon:
             return error_answer(Failure("internal error: %r; see %s" % (error, self.log.path)))
 
     def send(self, channel, answer):
-        """Answer; None: by its pages."""
-        channel.send(encode(answer) if answer is not None else b"")
+        channel.send(encode(answer))
         channel.busy = False
 
 
