@@ -2693,7 +2693,7 @@ def selected(context, states, ids, state, after, upto=None):
     return list(dict.fromkeys(jobs)), {"next": None}
 
 
-def on_death(store, job_id, now):
+def on_job_death(store, job_id, now):
     """Enqueue the `on-dead` line for a job that has just died; its own death enqueues nothing.
     Returns the new job's id or None."""
     line = store.settings["on-dead"]
@@ -2857,7 +2857,7 @@ def op_cancel(context, ids=(), state=None, after=0, upto=None, dry_run=False):
             stopping.append(job.id)
         else:
             store.cancel(job.id, context.now)
-            heir = on_death(store, job.id, context.now)
+            heir = on_job_death(store, job.id, context.now)
             if context.daemon and heir:
                 context.daemon.take_on(heir)
     return reply("Cancelled %s" % plural(len(jobs), "job"), count=len(jobs), stopping=stopping,
@@ -3104,7 +3104,7 @@ def record_results(store, results, now):
         else:
             store.finish(result.claim, verdict, result.outcome, result.output, result.worker, now)
             if verdict.state == "dead":
-                heir = on_death(store, result.claim.job, now)
+                heir = on_job_death(store, result.claim.job, now)
         done.append((result, verdict, heir))
     return done
 
@@ -3128,7 +3128,7 @@ def adopt_strangers(store, now):
                    if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
         store.adopt(rowid, job._replace(serial=None))
         if job.state == "dead" != row.state:
-            on_death(store, job.id, now)
+            on_job_death(store, job.id, now)
     return len(strangers)
 
 
