@@ -2398,7 +2398,6 @@ class Pool:
         self.idle = {}          # slot -> Hand without a job, not leaving
         self.rung = {}          # slot -> Hand whose doorbell rang
         self.orphans = {}       # serial -> Orphan
-        self.gone = []          # processes to reap
         self.uneven = True      # the number of workers may differ from the wanted one
         self.hold_until = 0.0   # monotonic: nothing is started before
         self.look_at = 0.0      # monotonic: next look at the orphans
@@ -2478,11 +2477,10 @@ class Pool:
         hand.channel.close()
         for group in (self.hands, self.idle, self.rung):
             group.pop(hand.slot, None)
-        self.gone.append(hand.process)
         self.uneven = True
 
     def reap(self):
-        self.gone = [process for process in self.gone if process.exitcode is None]
+        self.context.active_children()  # joins those that have ended
 
     # -- what they do
 
