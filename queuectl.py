@@ -292,13 +292,15 @@ def storage_error(path, error):
 
 
 def decode_json(text, what):
-    """The value of a JSON text; a Failure naming `what` when it is none."""
+    """The value of a JSON text or its bytes; a Failure naming `what` when it is none."""
     def refuse(constant):
         raise ValueError("%s is not JSON" % constant)
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text if isinstance(text, str) else text.decode(), parse_constant=refuse)
     except RecursionError:
         raise Failure("%s is nested too deeply" % what)
+    except UnicodeDecodeError:
+        raise Failure("%s is not JSON in UTF-8" % what)
     except ValueError as error:
         raise Failure("%s is not JSON: %s" % (what, safe(str(error))))
 
@@ -2097,11 +2099,7 @@ def take_request(inbox, ended=False):
 
 def parse_request(data):
     """The object that a request is; a Failure says what is wrong with it."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise Failure("a request is JSON in UTF-8")
-    request = decode_json(text, "the request")
+    request = decode_json(data, "the request")
     if not isinstance(request, dict) or not isinstance(request.get("command"), str):
         raise Failure('a request is an object like {"command":"status"}')
     return request
@@ -4916,9 +4914,7 @@ def read_job(text, fields, what="the job"):
 
 def parse_line(number, line, fields):
     try:
-        return read_job(line.decode(), fields, "it")
-    except UnicodeDecodeError:
-        raise Failure("it is not UTF-8", line=number)
+        return read_job(line, fields, "it")
     except Failure as error:
         raise Failure(str(error), line=number)
 
