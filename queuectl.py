@@ -2157,7 +2157,7 @@ def ask(path, request, patience=ANSWER_S):
                           " list" % safe(path))
         except OSError as error:
             raise Unreachable("nobody answers at %s: %s" % (safe(path), error.strerror or error))
-    answer = decode_json(data.decode("utf-8", "replace"), "the answer from %s" % safe(path))
+    answer = decode_json(data, "the answer from %s" % safe(path))
     return answer if isinstance(answer, dict) else {}
 
 
@@ -3379,8 +3379,13 @@ def patiently(action, trouble=Busy):
             time.sleep(0.02)
 
 
-def open_store(db, known):
-    return patiently(lambda: Store(db, known))
+def open_store(lock, db, kind):
+    """The Store at `db` for the holder of its lock, who signs that."""
+    identity = lock.text().get("identity")
+    lock.write(kind, None, identity)
+    store = patiently(lambda: Store(db, identity))
+    lock.write(kind, None, store.known)
+    return store
 
 
 # ---- Daemon -------------------------------------------------------------------------------------
@@ -3456,9 +3461,7 @@ class Daemon:
     def start(self):
         """Take the lock, open everything, settle what is open; returns the ready line."""
         take_lock(self.lock, self.db, self.kind)
-        identity = self.lock.text().get("identity")
-        self.lock.write(self.kind, None, identity)
-        self.store = open_store(self.db, identity)
+        self.store = open_store(self.lock, self.db, self.kind)
         self.server = self.listen()
         self.lock.write(self.kind, self.sock, self.store.known)
         self.spool = Spool(self.db)
@@ -4109,11 +4112,7 @@ class Queue:
                 check_folder(os.path.dirname(self.place.db))
             answer = perform(Context(Store(":memory:"), now_ms(), None), call)
         else:
-            identity = lock.text().get("identity")
-            lock.write("command", None, identity)
-            store = open_store(self.place.db, identity)
-            lock.write("command", None, store.known)
-            with contextlib.closing(store):
+            with contextlib.closing(open_store(lock, self.place.db, "command")) as store:
                 answer = self.do_in(store, call)
         stored = call.operation.writes and not call.arguments.get("dry_run")
         self.note("daemon not running; %s %s" % (
