@@ -2119,7 +2119,7 @@ def encode_request(request):
 
 def error_answer(error):
     """The answer for a Failure."""
-    return dict({"success": False, "message": "Error: %s" % error}, **error.details)
+    return dict(success=False, message="Error: %s" % error, **error.details)
 
 
 def peer_uid(sock):
@@ -2613,7 +2613,7 @@ def operation(command, option=None, *, bare=None, writes=False, needs_daemon=Fal
 
 
 def reply(message, **more):
-    return dict({"success": True, "message": message}, **more)
+    return dict(success=True, message=message, **more)
 
 
 def resolve(request):
@@ -4799,8 +4799,7 @@ def print_rows(args, pages, columns):
     lines = FORMATS[args.format](pages, columns)
     if args.quiet:
         lines = ("%s\n" % row[columns[0]] for page in pages for row in page)
-    for text in lines:
-        sys.stdout.write(text)
+    sys.stdout.writelines(lines)
     sys.stdout.flush()
 
 
@@ -5134,11 +5133,12 @@ def hand_on(answer, offset, write):
     """Write a piece of output; where the next one starts."""
     import base64
     data = base64.b64decode(answer["message"])
-    if answer["start"] > offset and (data or answer["over"]):
+    if not data and not answer["over"]:
+        return offset
+    if answer["start"] > offset:
         tell("%d bytes were cut here" % (answer["start"] - offset))
-    if data:
-        write(data)
-    return answer["start"] + len(data) if data or answer["over"] else offset
+    write(data)
+    return answer["start"] + len(data)
 
 
 def follow(queue, job_id, write=None, *, attempt=None, work=False, to_end=True):
