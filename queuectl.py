@@ -2359,9 +2359,9 @@ class Hand:
 class Orphan:
     """An open attempt without a worker of ours."""
 
-    def __init__(self, claim, since):
+    def __init__(self, claim):
         self.claim = claim
-        self.since = since      # monotonic; at first it is looked at often
+        self.since = monotonic()  # at first it is looked at often
         self.kill_at = None     # monotonic: SIGKILL, once it is being stopped
         self.attended = True    # its worker, another daemon's child, still works at it
         self.reason = ""        # "cancelled", "stopped": its command is to be stopped even so
@@ -2496,9 +2496,13 @@ class Pool:
         if hand.claim:
             self.log("worker lost: slot %d, pid %d, job %s"
                      % (hand.slot, hand.process.pid, hand.claim.job))
-            self.orphans[hand.claim.serial] = Orphan(hand.claim, monotonic())
-            self.look_at = 0.0
+            self.orphan(hand.claim)
         self.drop(hand)
+
+    def orphan(self, claim):
+        """No worker of ours has it: look what is to become of it."""
+        self.orphans[claim.serial] = Orphan(claim)
+        self.look_at = 0.0
 
     def kill_hung(self, now):
         """A worker that is silent long after its job's end is no use: let the job be settled."""
@@ -3513,7 +3517,7 @@ class Daemon:
         patiently(lambda: self.begin(max(serials, default=0)))
         self.heed()
         for claim in claims:
-            self.pool.orphans[claim.serial] = Orphan(claim, monotonic())
+            self.pool.orphan(claim)
         self.pool.cancel(self.store.cancelled())
         for serial in set(serials) - {claim.serial for claim in claims}:
             self.spool.discard(serial)
@@ -3793,7 +3797,7 @@ class Daemon:
             if claim.slot in self.pool.idle:  # else: its worker has just died; settled like any
                 self.pool.hand_out(claim, self.order(claim))
             else:
-                self.pool.orphans[claim.serial] = Orphan(claim, now)
+                self.pool.orphan(claim)
         for result, verdict, _ in done:  # while the workers go on
             self.spool.discard(result.claim.serial)
             if verdict.state == "dead":
