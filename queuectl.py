@@ -3724,13 +3724,17 @@ class Daemon:
 
     def reopen_socket(self):
         """Someone removed our socket: listen anew, unless another's is there."""
-        if knock(self.sock) is None:
-            with contextlib.suppress(FileExistsError):
-                server = make_server(self.sock, self.welcome, self.on_request)
-                self.loop.remove(self.server.socket)
-                self.server.server_close()
-                self.server = server
-                self.loop.want(server.socket, READ, self.on_connection)
+        if knock(self.sock) is not None:
+            return
+        try:
+            server = make_server(self.sock, self.welcome, self.on_request)
+        except (FileExistsError, Failure) as error:
+            self.log("can't listen again: %s" % error, every_s=60)
+            return
+        self.loop.remove(self.server.socket)
+        self.server.server_close()
+        self.server = server
+        self.loop.want(server.socket, READ, self.on_connection)
 
     def turn(self, now):
         """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""

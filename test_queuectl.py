@@ -1585,6 +1585,21 @@ class DaemonTest(QueueCase):
         self.daemon()
         self.assertEqual(self.ok("status")["workers"], 0)
 
+    def test_a_daemon_outlives_its_sockets_directory(self):
+        folder = os.path.join(self.dir, "d")
+        os.mkdir(folder)
+        self.sock = self.env["SOCKET_PATH"] = os.path.join(folder, "s")
+        daemon = self.daemon()
+        shutil.rmtree(folder)
+
+        def logged():
+            with open(self.db + ".log") as log:
+                return "can't listen again" in log.read()
+        wait_until(logged, "it says so")
+        os.mkdir(folder)
+        wait_until(lambda: os.path.exists(self.sock), "it listens again")
+        self.assertEqual(self.ok("daemon", "status")["pid"], daemon.pid)
+
     def test_a_removed_socket_comes_back(self):
         self.daemon()
         os.unlink(self.sock)
