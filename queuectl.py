@@ -753,6 +753,7 @@ def adopted(job, settings, now):
         max_retries=number(job.max_retries, 1, 1000, settings["max-retries"]),
         timeout=number(job.timeout, 0, MAX_MS, settings["timeout"]),
         priority=number(job.priority, -1000, 1000, 0), due=None, ready=None,
+        own=number(job.own, 0, 7, 0), runs=number(job.runs, 0, 1 << 30, 0),
         created_at=job.created_at or stamp, updated_at=job.updated_at or stamp,
         run_after=job.run_after or stamp)
     for field, check in ADOPTED:
@@ -959,6 +960,16 @@ ATTEMPT = ("number", "worker", "started_at", "finished_at", "exit_code", "signal
 # over the job's life
 Claim = collections.namedtuple(
     "Claim", "serial slot boot started_at job number attempts max_retries timeout command cwd env")
+
+
+def sound(claim, settings):
+    """The Claim with numbers that are none set to the defaults, and texts made texts: another
+    program may have written anything."""
+    defaults = 1, 0, settings["max-retries"], settings["timeout"]
+    numbers = [value if type(value) is int else default
+               for value, default in zip(claim[5:9], defaults)]
+    texts = [value if value is None or type(value) is str else str(value) for value in claim[9:]]
+    return Claim(*(claim[:5] + tuple(numbers + texts)))
 
 
 def marks(values):
@@ -1247,6 +1258,12 @@ class Store:
         """pending or failed -> processing: another program changed the row of a running job."""
         self.write("UPDATE jobs SET state = 'processing', due = NULL WHERE rowid = ?", (rowid,))
 
+    def disown_stranded(self):
+        """A processing job without an open attempt, never ours, is adopted like a stranger's."""
+        self.write("""UPDATE jobs SET due = 0
+                      WHERE state = 'processing'
+                        AND NOT EXISTS (SELECT 1 FROM running WHERE running.job = jobs.id)""")
+
     # -- jobs coming due
 
     def promote(self, now):
@@ -1285,26 +1302,27 @@ class Store:
         if not rows:
             return []
         serial, stamp = self.value("SELECT serial FROM totals"), iso(now)
-        claims = [Claim(serial + i + 1, slot, boot, now, *row[1:])
+        claims = [sound(Claim(serial + i + 1, slot, boot, now, *row[1:]), self.settings)
                   for i, (slot, row) in enumerate(zip(slots, rows))]
         self.write_all("INSERT INTO running VALUES (?, ?, ?, ?, ?, 0)", [
             (claim.serial, claim.job, claim.slot, boot, now) for claim in claims])
         self.write_all(
             """UPDATE jobs
-               SET state = 'processing', ready = NULL, serial = ?, runs = runs + 1,
+               SET state = 'processing', ready = NULL, serial = ?, runs = ?,
                    locked_at = ?, started_at = ?, updated_at = ?
                WHERE rowid = ?""",
-            [(claim.serial, stamp, stamp, stamp, row[0]) for claim, row in zip(claims, rows)])
+            [(claim.serial, claim.number, stamp, stamp, stamp, row[0])
+             for claim, row in zip(claims, rows)])
         self.write("UPDATE totals SET serial = ?", (claims[-1].serial,))
         return claims
 
     def open_claims(self, job_id=None):
         """The Claims of all open attempts, or those of one job; of a job deleted meanwhile,
         command is None."""
-        return [Claim._make(row) for row in self.query(
+        return [sound(Claim._make(row), self.settings) for row in self.query(
             """SELECT running.serial, running.slot, running.boot, running.started_at, running.job,
-                      jobs.runs, COALESCE(jobs.attempts, 0), COALESCE(jobs.max_retries, 1),
-                      COALESCE(jobs.timeout, 0), jobs.command, jobs.cwd, jobs.env
+                      jobs.runs, jobs.attempts, jobs.max_retries, jobs.timeout, jobs.command,
+                      jobs.cwd, jobs.env
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
                WHERE running.job = COALESCE(?, running.job)
@@ -1349,7 +1367,9 @@ class Store:
     def mark_cancelled(self, job_id, now):
         """Note that the job's open attempt is to be stopped; False when it has none."""
         self.cancels = True
-        return self.write("UPDATE running SET cancelled = ? WHERE job = ?", (now, job_id)) > 0
+        return self.write("""UPDATE running SET cancelled = ?
+                             WHERE job = ? AND serial = (SELECT serial FROM jobs WHERE id = ?)""",
+                          (now, job_id, job_id)) > 0
 
     def cancelled(self):
         """{serial: ms when it was cancelled} of the open attempts that are to be stopped."""
@@ -1715,6 +1735,16 @@ class Spool:
         """The attempts that have a run file."""
         return [int(name) for name in os.listdir(self.path) if name.isdigit()]
 
+    def last_serial(self):
+        """The highest number that a run file or a worker's record bears."""
+        found = [0] + self.serials()
+        for name in os.listdir(self.path):
+            with contextlib.suppress(OSError, TypeError, ValueError):
+                if name.startswith("w."):
+                    record = unpad(read_at(os.path.join(self.path, name), 0, RECORD_BYTES)[0])
+                    found.append(int(record.get("serial")))
+        return max(found)
+
 
 def settle(record, worker_locked, run_locked, leader_lives, same_boot):
     """What to do about an open attempt: "leave", "take", "give back", "stop" or "lost".
@@ -1738,10 +1768,26 @@ def settle(record, worker_locked, run_locked, leader_lives, same_boot):
     return "lost"
 
 
+def group_lives(pid):
+    """Whether there are processes, no zombies, of the group and session that `pid` has led."""
+    with contextlib.suppress(OSError):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                fields = read_at("/proc/%s/stat" % name, 0, 4096)[0].rpartition(b")")[2].split()
+                if int(fields[2]) == int(fields[3]) == pid and fields[0] not in (b"Z", b"X"):
+                    return True
+    return False
+
+
 def leader(record):
-    """The pid of the attempt's first process if it still is that one, else None."""
+    """The pid of the attempt's first process if it still is that one, or if its group has outlived
+    it: as long as that has members no other process is given the number. Else None."""
     pid = record.get("pid")
-    return pid if pid and record.get("start") and process_start(pid) == record["start"] else None
+    if not pid or not record.get("start"):
+        return None
+    start = process_start(pid)
+    lives = start == record["start"] if start else group_lives(pid)
+    return pid if lives else None
 
 
 def examine(claim, spool, boot):
@@ -1776,11 +1822,23 @@ def exit_status(process):
     return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
 
 
+def job_environment(order):
+    """What a command finds in its environment: the worker's, the job's, ours. None: the worker's,
+    with ours in it, which costs no copy."""
+    ours = {b"QUEUECTL_JOB_ID": order["id"].encode(),
+            b"QUEUECTL_ATTEMPT": str(order["attempt"]).encode()}
+    if order["env"]:
+        own = {name.encode(): value.encode() for name, value in order["env"].items()}
+        return {**os.environb, **own, **ours}
+    os.environb.update(ours)
+    return None
+
+
 class Attempt:
     """One run of one command, on its worker's side.
 
-    `order` is what the daemon sent: serial, command, shell, cwd, env (None: ours), timeout (ms)
-    and limit (bytes of output kept). `note(**record)` writes the worker's record.
+    `order` is what the daemon sent: serial, id, attempt, command, shell, cwd, env, timeout (ms) and
+    limit (bytes of output kept). `note(**record)` writes the worker's record.
     """
 
     def __init__(self, order, run_file, note):
@@ -1810,9 +1868,13 @@ class Attempt:
             self.spawn()
         except OSError as error:
             place = os.fsdecode(error.filename or "")
-            place = place and (" in " if place == self.order["cwd"] else " ") + safe(place)
-            self.finish("unstarted" if error.errno in UNSTARTED else "refused",
+            there = place == self.order["cwd"]
+            place = place and (" in " if there else " ") + safe(place)
+            self.finish("unstarted" if error.errno in UNSTARTED and not there else "refused",
                         "can't start%s: %s" % (place, os.strerror(error.errno)))
+            return
+        except (AttributeError, TypeError, ValueError) as error:  # what another program wrote
+            self.finish("refused", "can't start: %s" % safe(str(error)))
             return
         self.record = {"serial": self.serial, "phase": "running", "pid": self.process.pid,
                        "start": process_start(self.process.pid)}
@@ -1828,7 +1890,7 @@ class Attempt:
             self.process = subprocess.Popen(
                 [word.encode() for word in order["shell"]] + [order["command"].encode()],
                 stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-                cwd=order["cwd"].encode(), env=order["env"], pass_fds=(self.file,),
+                cwd=order["cwd"].encode(), env=job_environment(order), pass_fds=(self.file,),
                 start_new_session=True)
         finally:
             os.close(theirs)
@@ -2173,18 +2235,6 @@ def own_environment():
             del os.environb[name]
 
 
-def job_environment(order):
-    """What a command finds in its environment: the worker's, the job's, ours. None: the worker's,
-    with ours in it, which costs no copy."""
-    ours = {b"QUEUECTL_JOB_ID": order["id"].encode(),
-            b"QUEUECTL_ATTEMPT": str(order["attempt"]).encode()}
-    if order["env"]:
-        own = {name.encode(): value.encode() for name, value in order["env"].items()}
-        return {**os.environb, **own, **ours}
-    os.environb.update(ours)
-    return None
-
-
 class Worker:
     """The loop of one worker. `sock`: to the daemon; `slot_fd`: its file, locked."""
 
@@ -2271,7 +2321,6 @@ class Worker:
                 self.attempt.on_message(message["reason"], now)
             return
         attempt = self.attempt = Attempt(message, self.spool.run(message["serial"]), self.note)
-        message["env"] = job_environment(message)
         attempt.start(now)
 
     def note(self, **record):
@@ -2350,6 +2399,7 @@ class Hand:
         self.claim = None       # what it runs
         self.since = monotonic()  # of that, or of its leisure
         self.leaving = False    # ends after its job
+        self.overdue = False    # so it was at the last look
 
     def stop(self, reason):
         """Have its command stopped: "cancelled" or "stopped"."""
@@ -2364,7 +2414,12 @@ class Orphan:
         self.since = monotonic()  # at first it is looked at often
         self.kill_at = None     # monotonic: SIGKILL, once it is being stopped
         self.attended = True    # its worker, another daemon's child, still works at it
-        self.reason = ""        # "cancelled", "stopped": its command is to be stopped even so
+        self.reason = ""        # "cancelled", "stopped", "hung": it is to be stopped even so
+
+
+def is_overdue(claim, since, now):
+    """Whether the worker that has run this since then must have ended it long ago."""
+    return claim.timeout and now > since + claim.timeout / 1000.0 + GRACE_S + SILENT_S
 
 
 def result_of(claim, verdict, record, spool, limit, worker=None):
@@ -2505,14 +2560,19 @@ class Pool:
         self.look_at = 0.0
 
     def kill_hung(self, now):
-        """A worker that is silent long after its job's end is no use: let the job be settled."""
+        """A worker that is silent long after its job's end is no use: let the job be settled. Not
+        at the first look: all of us may have been stopped, and have just gone on."""
         for hand in list(self.hands.values()):
-            claim = hand.claim
-            if claim and claim.timeout and (
-                    now > hand.since + claim.timeout / 1000.0 + GRACE_S + SILENT_S):
+            if not hand.claim or hand.slot in self.rung or not is_overdue(
+                    hand.claim, hand.since, now):
+                hand.overdue = False
+            elif not hand.overdue:
+                hand.overdue = True
+            elif hand.process.exitcode is None:  # else the pid may be another's
                 self.log("worker hung: slot %d, pid %d" % (hand.slot, hand.process.pid))
-                if hand.process.exitcode is None:  # else the pid may be another's
-                    os.kill(hand.process.pid, signal.SIGKILL)
+                os.kill(hand.process.pid, signal.SIGKILL)
+            else:  # what it has just forked hides its end
+                self.on_death(hand, hand.channel)
 
     def stop_commands(self, *, leaving=False):
         """Have running commands stopped and given back: all, or those whose worker is leaving."""
@@ -2551,6 +2611,8 @@ class Pool:
         for orphan in self.orphans.values():
             verdict, record = examine(orphan.claim, self.spool, self.boot)
             orphan.attended = verdict == "leave"
+            if orphan.attended and is_overdue(orphan.claim, orphan.since, now):
+                orphan.reason = orphan.reason or "hung"
             if verdict == "stop" or (verdict == "leave" and orphan.reason):
                 self.stop_orphan(orphan, record, now)
                 soon = True
@@ -2660,7 +2722,7 @@ def perform(context, call):
 
 
 def as_count(value):
-    """A number of workers, or of an attempt, as a number or as text."""
+    """A number of workers, as a number or as text."""
     return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
 
 
@@ -2700,9 +2762,12 @@ def on_job_death(store, job_id, now):
     job = store.job(job_id) if line else None
     if job is None or job.own & ON_DEAD:
         return None
-    command = job.command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")
+    # Another program may have written anything: texts, without NUL.
+    died, error, command = (str(value).replace("\0", "") for value in (
+        job.id, job.error or "", job.command))
+    command = command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")
     new = make_job({"command": line, "env": {
-        "QUEUECTL_DEAD_ID": job.id, "QUEUECTL_DEAD_ERROR": job.error or "",
+        "QUEUECTL_DEAD_ID": died, "QUEUECTL_DEAD_ERROR": error[:1000],
         "QUEUECTL_DEAD_COMMAND": command}}, store.settings, now)
     store.insert([new._replace(own=ON_DEAD)])
     return new.id
@@ -3091,14 +3156,15 @@ def record_results(store, results, now):
     """Store what became of attempts: [(Result, Verdict, id of the job enqueued by a death)]."""
     done, cancelled = [], store.cancelled()
     for result in results:
-        heir, at = None, cancelled.get(result.claim.serial)
-        if at and not (result.outcome.ended_at and result.outcome.ended_at < at):
-            result = result._replace(outcome=result.outcome._replace(reason="cancelled", detail=""))
-        spread = 0.0
+        heir, at, spread = None, cancelled.get(result.claim.serial), 0.0
         if store.settings["jitter"]:
             import random
             spread = random.uniform(-1, 1)
         verdict = decide(result.claim, result.outcome, store.settings, now, spread)
+        ended_at = result.outcome.ended_at
+        if at and not (verdict.state in FINISHED and ended_at and ended_at < at):
+            result = result._replace(outcome=result.outcome._replace(reason="cancelled", detail=""))
+            verdict = decide(result.claim, result.outcome, store.settings, now)
         if result.outcome.reason in GIVEN_BACK:
             store.give_back(result.claim, verdict, now)
         else:
@@ -3115,6 +3181,8 @@ def adopt_strangers(store, now):
     strangers = store.strangers()
     for rowid, row in strangers:
         job = adopted(row, store.settings, now)
+        if job.id != row.id and store.has(job.id):
+            job = job._replace(id=new_ids(now)[0])
         serial = store.open_serial(job.id)
         if serial is not None:
             if row.serial == serial:
@@ -3217,6 +3285,8 @@ def knock(path):
         status = os.lstat(path)
     except FileNotFoundError:
         return None
+    except OSError:
+        return "foreign"
     if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
         return "foreign"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -3514,12 +3584,14 @@ class Daemon:
     def take_over(self):
         """What earlier holders of the lock left: open attempts, run files, numbers, workers."""
         claims, serials = self.store.open_claims(), self.spool.serials()
-        patiently(lambda: self.begin(max(serials, default=0)))
+        patiently(lambda: self.begin(self.spool.last_serial()))
         self.heed()
         for claim in claims:
             self.pool.orphan(claim)
         self.pool.cancel(self.store.cancelled())
         for serial in set(serials) - {claim.serial for claim in claims}:
+            if is_locked(self.spool.run(serial)):  # of a database that was here before
+                signal_command(None, self.spool.run(serial), signal.SIGKILL)
             self.spool.discard(serial)
 
     def begin(self, serial):
@@ -3528,6 +3600,7 @@ class Daemon:
         with store.transaction():
             store.raise_serial(serial)
             store.recount()
+            store.disown_stranded()
             store.pull_in(now)
             if self.kind == "daemon":
                 store.note_startup(now)
@@ -3644,7 +3717,14 @@ class Daemon:
             self.done = True
             self.stop()
         if self.pool.uneven:
-            self.pool.converge(0 if self.stopping else self.wanted, now)
+            self.pool.converge(self.places(), now)
+
+    def places(self):
+        """How many workers there are to be, orphans' workers among them."""
+        strange = 0 if self.only is None else sum(
+            orphan.attended and orphan.claim.job not in self.only
+            for orphan in self.pool.orphans.values())
+        return 0 if self.stopping else self.wanted + strange
 
     def timeout(self):
         """Seconds until there is something to do of its own accord."""
@@ -3779,10 +3859,11 @@ class Daemon:
         for result, _, heir in done:
             if result.outcome.reason == "unstarted":
                 self.pool.hold_until = now + LOOK_S
-                self.hungry = True
-            elif heir:
-                self.hungry = True
+            if heir:
                 self.take_on(heir)
+            # What was given back, or waited for an orphan of its name, is ready.
+            if heir or result.outcome.reason in GIVEN_BACK or result.worker is None:
+                self.hungry = True
         if self.stopping or self.paused or now < self.pool.hold_until:
             return []
         slots = list(self.pool.idle) if self.hungry else []
@@ -3820,7 +3901,7 @@ class Daemon:
         self.heed()
         self.hungry = self.pool.uneven = True
         self.pool.cancel(self.store.cancelled())
-        self.pool.converge(0 if self.stopping else self.wanted, now)
+        self.pool.converge(self.places(), now)
         if self.stop_leaving:
             self.stop_leaving = False
             self.pool.stop_commands(leaving=True)
@@ -4033,6 +4114,7 @@ class Queue:
     def __init__(self, place, note):
         self.place = place
         self.note = note
+        self.mentioned = None  # another queue: once is enough
 
     def by_socket(self):
         """Whether only a socket was given: the queue is whatever is served there."""
@@ -4114,13 +4196,14 @@ class Queue:
         look at a queue that isn't there yet, which makes nothing)."""
         if call.operation.needs_daemon:
             raise NoDaemon(self.place.db)
-        self.mention_other()
         if lock is None:
+            self.mention_other()
             if self.place.db_given:
                 check_folder(os.path.dirname(self.place.db))
             answer = perform(Context(Store(":memory:"), now_ms(), None), call)
         else:
             with contextlib.closing(open_store(lock, self.place.db, "command")) as store:
+                self.mention_other()
                 answer = self.do_in(store, call)
         stored = call.operation.writes and not call.arguments.get("dry_run")
         self.note("daemon not running; %s %s" % (
@@ -4164,7 +4247,8 @@ class Queue:
 
     def mention_other(self):
         line = self.other_queue()
-        if line:
+        if line and line != self.mentioned:
+            self.mentioned = line
             self.note(line)
 
     def database(self):
@@ -4753,7 +4837,7 @@ def flag_type(check):
 duration_flag = flag_type(as_ms)
 time_flag = flag_type(as_date)
 count_flag = flag_type(as_count)
-limit_flag = flag_type(lambda text: in_range(whole(text), 0, 10 ** 9))
+number_flag = flag_type(lambda text: in_range(whole(text), 0, 10 ** 9))
 
 
 # The one place of each grammar: a job's flags, which jobs are meant, how a list is shown.
@@ -5131,7 +5215,7 @@ def cmd_show(queue, args):
 def employ(queue, job_id):
     """Have a temporary daemon work the job, unless someone else has just started one."""
     try:
-        start_in_background(queue.place, "--only", job_id)
+        start_in_background(queue.place, "--only=" + job_id)
     except Failure as error:
         if "already serves" not in str(error):
             raise
@@ -5181,7 +5265,7 @@ def follow(queue, job_id, write=None, *, attempt=None, work=False, to_end=True):
 
 
 @subcommand("logs", arg("id", metavar="ID"),
-            arg("--attempt", type=count_flag, metavar="N", help="that attempt (default: the last)"),
+            arg("--attempt", type=number_flag, metavar="N", help="that attempt (default: the last)"),
             arg("-f", "--follow", action="store_true", help="to the end of the job"),
             examples=("logs hello", "logs -f hello", "logs hello --attempt 1"))
 def cmd_logs(queue, args):
@@ -5221,7 +5305,7 @@ def progress_of(queue, ids, ended):
                 ended[job_id] = end
             hint(answer["hindrance"])
         yield len(ended), len(ids), sum(end[0] == "dead" for end in ended.values())
-        asked = [job_id for job_id in ids if job_id not in ended][:200]
+        asked = [job_id for job_id in ids if job_id not in ended]
 
 
 def progress_of_all(queue):
@@ -5505,8 +5589,8 @@ def cmd_metrics(queue, args):
         raise Failure("the daemon is of an older version; restart it: daemon stop, worker start")
 
 
-@subcommand("check", arg("--max-pending", type=limit_flag, metavar="N", help="most pending jobs"),
-            arg("--max-dead", type=limit_flag, metavar="N", help="most dead jobs"),
+@subcommand("check", arg("--max-pending", type=number_flag, metavar="N", help="most pending jobs"),
+            arg("--max-dead", type=number_flag, metavar="N", help="most dead jobs"),
             arg("--max-age", type=duration_flag, metavar="DUR",
                 help="longest that a ready job may have waited, like 10m"),
             arg("--completed", metavar="ID-PREFIX",

@@ -769,6 +769,54 @@ class StoreTest(StoreCase):
         self.adopt()
         self.assertEqual([claim.command for claim in self.claim()], ["new"])
 
+    def test_a_cancel_undoes_no_end_that_came_before_but_a_retry(self):
+        for ended, status, state, error in ((NOW - 1, 0, "completed", None),
+                                            (NOW + 1, 0, "dead", "cancelled"),
+                                            (NOW - 1, 1, "dead", "cancelled")):
+            with self.subTest(ended=ended, status=status):
+                job_id = "%d.%d" % (ended, status)
+                self.add(job_id)
+                claim, = self.claim()
+                self.assertTrue(self.store.mark_cancelled(job_id, NOW))
+                self.end(claim, status, now=ended)
+                self.assertEqual(self.shown(job_id, "state", "error"), (state, error))
+
+    def test_a_cancel_means_the_job_of_today_not_its_namesakes_attempt(self):
+        self.add("a")
+        self.claim()
+        self.sql("DELETE FROM jobs WHERE id = 'a'")
+        self.add("a")
+        self.assertFalse(self.store.mark_cancelled("a", NOW))
+        self.assertEqual(self.store.cancelled(), {})
+
+    def test_numbers_and_texts_that_are_none_are_replaced(self):
+        self.add("a")
+        self.sql("UPDATE jobs SET max_retries = 'many', attempts = NULL, timeout = NULL, runs = NULL")
+        self.sql("UPDATE jobs SET command = x'74727565'")
+        self.sql("UPDATE jobs SET ready = 1, due = NULL")
+        claim, = self.claim()
+        self.assertEqual(claim[5:], (1, 0, 3, 5000, "b'true'", None, None))
+        self.assertEqual(self.store.open_claims(), [claim])
+        self.end(claim, 1)
+        self.assertEqual(self.shown("a", "state", "attempts", "runs"), ("failed", 1, 1))
+
+    def test_ids_that_become_the_same_when_escaped_stay_two_jobs(self):
+        for end, command in (("\\n", "x"), ("\n", "y")):
+            self.sql("INSERT INTO jobs (id, command, run_after) VALUES (?, ?, '2026-01-15')",
+                     "a" + end, command)
+        self.adopt()
+        self.assertEqual(sorted(claim.command for claim in self.claim(9)), ["x", "y"])
+
+    def test_a_processing_job_without_an_attempt_is_adopted(self):
+        self.add("a")
+        claim, = self.claim()
+        self.store.disown_stranded()
+        self.assertEqual(self.shown("a", "due"), (None,))
+        self.sql("DELETE FROM running")
+        self.store.disown_stranded()
+        self.adopt()
+        self.assertEqual(self.shown("a", "state", "error"), ("failed", "worker lost"))
+
     def test_a_running_job_set_to_pending_by_hand_goes_on(self):
         self.add("a")
         claim, = self.claim()
@@ -866,6 +914,37 @@ class StoreTest(StoreCase):
                 self.assertNotRegex(plan, r"SCAN (TABLE )?(jobs|attempts|unique)|TEMP B-TREE")
 
 
+class LeaderTest(Case):
+    def test_a_group_speaks_for_its_leader_as_long_as_it_has_members(self):
+        leader = subprocess.Popen(["/bin/sh", "-c", "read x; sleep 300 & echo $!; read x"],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  start_new_session=True)
+        self.addCleanup(leader.communicate)
+        record = {"pid": leader.pid, "start": queuectl.process_start(leader.pid)}
+        self.assertEqual(queuectl.leader(record), leader.pid)
+        self.assertIsNone(queuectl.leader(dict(record, start="another")))
+        leader.stdin.write(b"\n")
+        leader.stdin.flush()
+        member = int(leader.stdout.readline())
+        os.kill(leader.pid, signal.SIGKILL)
+        wait_until(lambda: not queuectl.process_start(leader.pid), "the leader has ended")
+        self.assertEqual(queuectl.leader(record), leader.pid)
+        os.kill(member, signal.SIGKILL)
+        wait_until(lambda: not queuectl.process_start(member), "the member has ended")
+        self.assertIsNone(queuectl.leader(record))
+        self.assertIsNone(queuectl.leader({}))
+
+    def test_numbers_are_above_those_of_every_file(self):
+        spool = queuectl.Spool(self.folder() + "/q")
+        os.mkdir(spool.path)
+        self.assertEqual(spool.last_serial(), 0)
+        for name, text in (("7", b""), ("w.1", queuectl.pad({"serial": 41}, 4096)), ("w.2", b"x"),
+                           ("w.3", queuectl.pad({"serial": None}, 4096))):
+            with open(os.path.join(spool.path, name), "wb") as file:
+                file.write(text)
+        self.assertEqual(spool.last_serial(), 41)
+
+
 class AttemptTest(Case):
     def setUp(self):
         self.base = self.folder()
@@ -873,9 +952,9 @@ class AttemptTest(Case):
         self.serials = itertools.count(1)
 
     def start(self, command, **order):
-        order = dict({"serial": next(self.serials), "command": command,
-                      "shell": ["/bin/sh", "-c"], "timeout": 0, "cwd": self.base,
-                      "env": dict(os.environb), "limit": 1000}, **order)
+        order = dict({"serial": next(self.serials), "id": "a", "attempt": 1, "command": command,
+                      "shell": ["/bin/sh", "-c"], "timeout": 0, "cwd": self.base, "env": {},
+                      "limit": 1000}, **order)
         run = queuectl.Attempt(order, "%s/%d" % (self.base, order["serial"]),
                                lambda **note: self.notes.append(note))
         run.start(0.0)
@@ -921,8 +1000,7 @@ class AttemptTest(Case):
                 ("printf '\\377\\000'", 0, b"\xff\0"), ("cat", 0, b""), ("pwd", 0, None),
                 ("echo $PPID-$X", 0, b"%d-y\n" % os.getpid())):
             with self.subTest(command=command):
-                run = self.start(command, env=dict(os.environb, **{"X": "y"})
-                                 if "$X" in command else dict(os.environb))
+                run = self.start(command, env={"X": "y"} if "$X" in command else {})
                 expected = self.base.encode() + b"\n" if output is None else output
                 self.assertEqual(self.finish(run), (status, "", expected))
                 self.assertEqual([note["phase"] for note in self.notes[-3:]],
@@ -998,6 +1076,13 @@ class AttemptTest(Case):
                 self.assertEqual((run.over, last["status"], last["reason"]),
                                  (True, None, "refused"))
                 self.assertEqual(last["detail"], "can't start " + detail)
+
+    def test_what_another_program_made_of_a_job_is_refused(self):
+        for order in ({"env": {"A": 3}}, {"env": ["A"]}, {"command": "a\0b"}, {"cwd": "/\0"}):
+            with self.subTest(order=order):
+                command = order.pop("command", "true")
+                self.assertTrue(self.start(command, **order).over)
+                self.assertEqual(self.notes[-1]["reason"], "refused")
 
     def test_want_of_processes_or_descriptors_burns_no_retry(self):
         for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENOSPC):
@@ -2026,6 +2111,17 @@ class StoriesTest(QueueCase):
         self.assertEqual(daemon.wait(30), 0)
         self.assertEqual(self.ok("status")["jobs"], {"pending": 1, "processing": 0, "completed": 1,
                                                      "failed": 0, "dead": 0})
+
+    def test_a_job_given_back_is_run_by_a_worker_that_came_meanwhile(self):
+        self.daemon("--workers", "1")
+        job_id = self.enqueue("[ -e %(dir)s/again ] && exit; trap 'sleep 0.3; touch %(dir)s/again;"
+                              " exit 1' TERM; touch %(dir)s/began; while :; do sleep 0.02; done"
+                              % {"dir": self.dir}, timeout=0)
+        wait_until(lambda: os.path.exists(self.path("began")), "it runs")
+        self.ok("worker", "stop", "--now")
+        self.ok("worker", "start")
+        wait_until(lambda: self.job(job_id)["state"] == "completed", "it has run again")
+        self.assertEqual(self.job(job_id)["attempts"], 1)
 
     def test_a_second_signal_gives_the_attempt_back(self):
         daemon = self.daemon("--workers", "1")
@@ -3205,6 +3301,47 @@ class OrphanTest(FaultCase):
         os.kill(worker, signal.SIGCONT)
         self.wait_for("completed", 2)
         self.check(["held", "other"])
+
+    def test_a_stopped_worker_is_given_up_in_the_end(self):
+        impatient = "queuectl.SILENT_S = queuectl.GRACE_S = queuectl.LOOK_S = 0.2"
+        daemon = self.driven(impatient, "--workers", "1")
+        for orphaned in (False, True):
+            with self.subTest(orphaned=orphaned):
+                job_id = self.enqueue("echo $$ >%s; sleep 300" % self.path("pid"), timeout=500,
+                                      max_retries=1)
+                wait_until(lambda: self.read("pid").strip(), "it runs")
+                worker, = self.workers_of(daemon)
+                os.kill(worker, signal.SIGSTOP)
+                if orphaned:
+                    self.kill(daemon)
+                    daemon = self.driven(impatient)
+                wait_until(lambda: self.job(job_id)["state"] == "dead", "its job is given up")
+                self.assertFalse(queuectl.process_start(int(self.read("pid"))))
+                os.unlink(self.path("pid"))
+                wait_until(lambda: not queuectl.process_start(worker), "it is gone")
+                self.assertEqual(self.prints("run", "--", "echo on"), "on\n")
+
+    def test_a_run_does_not_wait_for_the_jobs_of_others(self):
+        daemon, _ = self.running()
+        self.kill(daemon)
+        self.assertEqual(self.prints("run", "--quiet", "--id=-x", "--", "true"), "")
+        self.assertEqual(self.job("-x")["state"], "completed")
+        self.assertEqual(self.job("held")["state"], "processing")
+
+    def test_what_a_database_put_back_does_not_know_is_stopped(self):
+        self.daemon("--workers", "1")
+        self.ok("backup", self.path("copy"))
+        self.ok("daemon", "stop")
+        daemon, worker = self.running()
+        self.kill(daemon)
+        for end in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.db + end)
+        shutil.copyfile(self.path("copy"), self.db)
+        self.daemon()
+        pid = int(self.read("pid"))
+        wait_until(lambda: not queuectl.process_start(pid), "what nobody knows is stopped")
+        self.assertEqual(self.jobs(), [])
 
     def test_a_command_left_by_daemon_and_worker_is_stopped_before_its_retry(self):
         self.ok("config", "set", "delay-base", "1")
