@@ -1959,6 +1959,9 @@ class Attempt:
             self.sweep(now)
 
     def on_deadline(self, now):
+        self.on_child(now)  # it may have ended in time, and all of us have stood still since
+        if self.over:
+            return
         if self.status is not None:
             self.sweep(now)
         elif self.kill_at is None:

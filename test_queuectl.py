@@ -1077,6 +1077,13 @@ class AttemptTest(Case):
                                  (True, None, "refused"))
                 self.assertEqual(last["detail"], "can't start " + detail)
 
+    def test_who_ended_in_time_is_not_timed_out_by_a_late_look(self):
+        run = self.start("true", timeout=1000)
+        wait_until(lambda: not queuectl.process_start(run.process.pid), "it has ended")
+        run.on_deadline(100.0)
+        last = self.notes[-1]
+        self.assertEqual((run.over, last["status"], last["reason"]), (True, 0, ""))
+
     def test_what_another_program_made_of_a_job_is_refused(self):
         for order in ({"env": {"A": 3}}, {"env": ["A"]}, {"command": "a\0b"}, {"cwd": "/\0"}):
             with self.subTest(order=order):
