@@ -1699,12 +1699,15 @@ class Spool:
     def run(self, serial):
         return "%s/%d" % (self.path, serial)
 
-    def record(self, claim):
-        """What the worker noted about this very attempt, {} if nothing."""
+    def record(self, claim, file=None):
+        """What the worker noted about this very attempt, {} if nothing. `file`: its file, where
+        that is open."""
         try:
-            record = unpad(read_at(self.worker(claim.slot), 0, RECORD_BYTES)[0])
+            data = (os.pread(file.fileno(), RECORD_BYTES, 0) if file else
+                    read_at(self.worker(claim.slot), 0, RECORD_BYTES)[0])
         except OSError:
             return {}
+        record = unpad(data)
         return record if record.get("serial") == claim.serial else {}
 
     def tail(self, serial, limit):
@@ -2395,9 +2398,10 @@ Result = collections.namedtuple("Result", "claim outcome output worker")
 class Hand:
     """A worker as its daemon sees it."""
 
-    def __init__(self, slot, process):
+    def __init__(self, slot, process, file):
         self.slot = slot
         self.process = process
+        self.file = file        # its file: a cleaner of old files may remove the name
         self.channel = None
         self.claim = None       # what it runs
         self.since = monotonic()  # of that, or of its leisure
@@ -2489,6 +2493,7 @@ class Pool:
         slot_fd = None
         try:
             slot, slot_fd = self.take_slot()
+            file = open(self.spool.worker(slot), "rb", buffering=0)  # apart: it shares no lock
             ours, theirs = socket.socketpair()
             with theirs:
                 process = self.context.Process(
@@ -2501,7 +2506,7 @@ class Pool:
         finally:
             if slot_fd is not None:
                 os.close(slot_fd)  # the lock lives on in the worker's copy
-        hand = self.hands[slot] = self.idle[slot] = Hand(slot, process)
+        hand = self.hands[slot] = self.idle[slot] = Hand(slot, process, file)
         hand.channel = Channel(ours, self.loop, functools.partial(self.on_bell, hand),
                                functools.partial(self.on_death, hand))
         return True
@@ -2531,6 +2536,7 @@ class Pool:
     def drop(self, hand):
         """Forget it; its end of the socket closes, so it leaves if it lives."""
         hand.channel.close()
+        hand.file.close()
         for group in (self.hands, self.idle, self.rung):
             group.pop(hand.slot, None)
         self.uneven = True
@@ -2601,7 +2607,7 @@ class Pool:
         closed come again."""
         found = []
         for hand in self.rung.values():
-            record = self.spool.record(hand.claim)
+            record = self.spool.record(hand.claim, hand.file)
             if record.get("phase") == "ended":
                 found.append(result_of(hand.claim, "take", record, self.spool, limit,
                                        hand.process.pid))

@@ -3309,6 +3309,14 @@ class OrphanTest(FaultCase):
         self.wait_for("completed", 2)
         self.check(["held", "other"])
 
+    def test_an_outcome_is_taken_though_the_workers_file_has_been_removed(self):
+        self.running()
+        for name in os.listdir(self.db + "-run"):
+            os.unlink(os.path.join(self.db + "-run", name))
+        self.open_gate()
+        self.wait_for("completed")
+        self.check(["held"])
+
     def test_a_stopped_worker_is_given_up_in_the_end(self):
         impatient = "queuectl.SILENT_S = queuectl.GRACE_S = queuectl.LOOK_S = 0.2"
         daemon = self.driven(impatient, "--workers", "1")
