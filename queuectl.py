@@ -3594,10 +3594,9 @@ class Daemon:
         """What earlier holders of the lock left: open attempts, run files, numbers, workers."""
         claims, serials = self.store.open_claims(), self.spool.serials()
         patiently(lambda: self.begin(self.spool.last_serial()))
-        self.heed()
         for claim in claims:
             self.pool.orphan(claim)
-        self.pool.cancel(self.store.cancelled())
+        self.heed()
         for serial in set(serials) - {claim.serial for claim in claims}:
             if is_locked(self.spool.run(serial)):  # of a database that was here before
                 signal_command(None, self.spool.run(serial), signal.SIGKILL)
@@ -3624,6 +3623,7 @@ class Daemon:
         elif self.kind == "run":
             self.only = {row[0] for row in self.store.ended(list(self.only)) if row[1] is None}
             self.wanted = len(self.only)
+        self.pool.cancel(self.store.cancelled())
 
     def run(self, on_ready):
         """Serve until stopped; the exit status."""
@@ -3907,9 +3907,11 @@ class Daemon:
 
     def obey(self, now):
         """After writes: whatever they want changed in what runs."""
-        self.heed()
+        try:
+            self.heed()
+        except StorageError as error:  # it is stored: the next look sees it
+            self.trouble(error, now)
         self.hungry = self.pool.uneven = True
-        self.pool.cancel(self.store.cancelled())
         self.pool.converge(self.places(), now)
         if self.stop_leaving:
             self.stop_leaving = False
