@@ -3741,7 +3741,7 @@ class Daemon:
         if self.pool.uneven and now >= self.pool.hold_until or self.wants_turn(now):
             return 0.0
         at = [self.look_at]
-        if self.pool.orphans:
+        if self.pool.orphans and not self.rests(now):
             at.append(self.pool.look_at)
         if now < self.pool.hold_until and (self.pool.uneven or self.hungry):
             at.append(self.pool.hold_until)
@@ -3935,7 +3935,6 @@ class Daemon:
             else:
                 self.send(channel, error_answer(error))
                 self.pump(channel)
-        self.hungry = self.chores = True
         self.trouble(error, now)
 
     def trouble(self, error, now):
@@ -3943,6 +3942,7 @@ class Daemon:
         if isinstance(error, Replaced):
             raise error
         self.log("storage trouble: %s" % error, every_s=60)
+        self.hungry = self.chores = True  # a turn is tried then, and ends it
         self.retry_at = now + self.pause_s
         self.pause_s = BUSY_S if isinstance(error, Busy) else min(self.pause_s * 2, 5.0)
 

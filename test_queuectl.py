@@ -1165,6 +1165,13 @@ class OperationsTest(StoreCase):
             self.fail("it went on")
         self.assertFalse(self.store.in_transaction())
 
+    def test_trouble_is_followed_by_a_pause_and_then_by_a_turn(self):
+        daemon = object.__new__(queuectl.Daemon)
+        daemon.log, daemon.pause_s, daemon.writes = mock.Mock(), 0.05, []
+        daemon.chores = daemon.hungry = False
+        daemon.trouble(queuectl.StorageError("no"), 10.0)
+        self.assertEqual((daemon.wants_turn(10.04), daemon.wants_turn(10.06)), (False, True))
+
     def test_enqueue_answers_with_the_id(self):
         answer = {"success": True, "message": "Job enqueued", "id": "a"}
         self.assertEqual(self.ask("enqueue", job={"id": "a", "command": "x"}, cwd="/w"), answer)
