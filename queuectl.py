@@ -3475,6 +3475,8 @@ def open_store(lock, db, kind):
 # The loop: one turn of it stores outcomes, does requests and claims jobs in one transaction, then
 # answers and hands out.
 
+NEVER = float("inf")
+
 LOADER = ("import marshal, sys; FROM_CODE = open(int(sys.argv[1]), 'rb'); __file__ = sys.argv[2];"
           " del sys.argv[:2]; code = marshal.loads(FROM_CODE.read()); FROM_CODE.close(); exec(code)")
 
@@ -3526,7 +3528,7 @@ class Daemon:
         self.hungry = True         # jobs may be ready
         self.chores = True         # rows to adopt or to delete
         self.look_at = 0.0         # monotonic
-        self.retry_at = None       # monotonic: after trouble with the storage
+        self.retry_at = 0.0        # monotonic: after trouble with the storage; 0: none
         self.pause_s = BUSY_S
         self.paused = False        # nothing new is started
         self.died = 0              # jobs, since the start
@@ -3534,7 +3536,7 @@ class Daemon:
         self.yielded = False       # to a daemon that is to stay
         self.done = False          # a temporary one has worked all it was to
         self.stopping = False
-        self.forced_at = None      # monotonic: running jobs are stopped then
+        self.forced_at = NEVER     # monotonic: running jobs are stopped then
         self.signals = []          # numbers that came
         self.told = None           # the status that systemd shows
         self.clock = now_ms() - int(monotonic() * 1000)
@@ -3664,7 +3666,7 @@ class Daemon:
         if self.kind == "daemon" and any(one.attended for one in self.pool.orphans.values()):
             return False
         waited_for = set(self.pool.hands)
-        if self.retry_at is not None:  # noted outcomes wait for the next daemon as well
+        if self.retry_at:  # noted outcomes wait for the next daemon as well
             waited_for -= set(self.pool.rung)
         return self.stopping and not waited_for and not self.writes
 
@@ -3716,8 +3718,8 @@ class Daemon:
             self.signals.pop()
             self.stop(0.0 if self.stopping else None)
         now = monotonic()
-        if self.forced_at is not None and now >= self.forced_at:
-            self.forced_at = None
+        if now >= self.forced_at:
+            self.forced_at = NEVER
             self.pool.stop_commands()
         if now >= self.look_at:
             self.look(now)
@@ -3740,33 +3742,28 @@ class Daemon:
         now = monotonic()
         if self.pool.uneven and now >= self.pool.hold_until or self.wants_turn(now):
             return 0.0
-        at = [self.look_at]
-        if self.pool.orphans and not self.rests(now):
+        at = [self.look_at, self.forced_at]
+        if self.pool.orphans and now >= self.retry_at:
             at.append(self.pool.look_at)
         if now < self.pool.hold_until and (self.pool.uneven or self.hungry):
             at.append(self.pool.hold_until)
-        for moment in (self.forced_at, self.retry_at):
-            if moment is not None:
-                at.append(moment)
-        if self.store.next_due is not None and self.retry_at is None:
+        if self.retry_at:
+            at.append(self.retry_at)
+        elif self.store.next_due is not None:
             at.append(now + (self.store.next_due - now_ms()) / 1000.0)
         return max(min(at) - now, 0.0)
 
     def wants_turn(self, now):
-        return not self.rests(now) and bool(
-            self.writes or self.chores or self.due() or (self.hungry and self.can_start(now)))
-
-    def rests(self, now):
-        """Whether it is too early to try again after trouble with the storage."""
-        return self.retry_at is not None and now < self.retry_at
+        return now >= self.retry_at and bool(
+            self.writes or self.chores or self.due()
+            or (self.hungry and self.pool.idle and self.may_start(now)))
 
     def due(self):
         """Whether jobs are due, or it is unknown when they are."""
         return self.store.next_due is None or self.store.next_due <= now_ms()
 
-    def can_start(self, now):
-        return (self.pool.idle and not self.stopping and not self.paused
-                and now >= self.pool.hold_until)
+    def may_start(self, now):
+        return not self.stopping and not self.paused and now >= self.pool.hold_until
 
     def look(self, now):
         """Once a second: is everything still ours, what did other programs do?"""
@@ -3827,7 +3824,7 @@ class Daemon:
 
     def turn(self, now):
         """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""
-        if self.rests(now):
+        if now < self.retry_at:
             return
         try:
             results = self.pool.results(self.store.settings["output-limit"], now)
@@ -3847,7 +3844,7 @@ class Daemon:
             self.pool.look_at = 0.0
             self.put_off(error, writes, now)
             return
-        self.retry_at, self.pause_s = None, BUSY_S
+        self.retry_at, self.pause_s = 0.0, BUSY_S
         self.deliver(done, claims, list(zip(writes, answers)), now)
 
     def do_chores(self):
@@ -3873,7 +3870,7 @@ class Daemon:
             # What was given back, or waited for an orphan of its name, is ready.
             if heir or result.outcome.reason in GIVEN_BACK or result.worker is None:
                 self.hungry = True
-        if self.stopping or self.paused or now < self.pool.hold_until:
+        if not self.may_start(now):
             return []
         slots = list(self.pool.idle) if self.hungry else []
         slots += [result.claim.slot for result, _, _ in done if self.pool.frees(result.claim)]
