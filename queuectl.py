@@ -5010,13 +5010,6 @@ def read_job(text, fields, what="the job"):
     return dict(job, **fields)
 
 
-def parse_line(number, line, fields):
-    try:
-        return read_job(line, fields, "it")
-    except Failure as error:
-        raise Failure(str(error), line=number)
-
-
 def enqueue_lines(queue, args, fields):
     """JSON Lines from stdin, in batches that are each stored whole or not at all; what `fields`
     holds is the same for all."""
@@ -5025,14 +5018,17 @@ def enqueue_lines(queue, args, fields):
     if sys.stdin is None:
         raise Failure("there is nothing to read: stdin is closed")
     for lines in batches(sys.stdin.buffer):
+        jobs = []
         try:
-            jobs = [parse_line(number, line, fields) for number, line in lines]
+            for _, line in lines:
+                jobs.append(read_job(line, fields, "it"))
             answer = queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory(),
                                 ids=args.quiet)
         except Failure as error:
-            number = error.details.get("line") or lines[error.details.get("index", 0)][0]
+            wrong = len(jobs) if len(jobs) < len(lines) else error.details.get("index", 0)
             raise Failure("line %d: %s; %s" % (
-                number, error, "lines 1 to %d are stored" % last if last else "nothing is stored"))
+                lines[wrong][0], error,
+                "lines 1 to %d are stored" % last if last else "nothing is stored"))
         last = lines[-1][0]
         count = int(answer["message"].split()[1])
         stored, held = stored + count, held + len(jobs) - count
