@@ -268,6 +268,10 @@ class Replaced(StorageError):
     """The database or the lock file is no longer the one that was opened."""
 
 
+class Served(Failure):
+    """Another process already is the one that works with the database."""
+
+
 class Unreachable(Failure):
     """Nobody answers now; asking again may help, and repeats nothing that was done."""
 
@@ -3273,7 +3277,7 @@ def take_lock(lock, db, kind):
         elif serves and (holder == "daemon" or kind == "run"):
             deadline = 0
         if monotonic() > deadline:
-            raise Failure("a %s, pid %s, already serves %s; %s" % (
+            raise Served("a %s, pid %s, already serves %s; %s" % (
                 holder or "process", text.get("pid", "unknown"), safe(db),
                 "stop it with: daemon stop" if holder == "daemon" else "wait until it is done"))
         time.sleep(0.02)
@@ -4285,9 +4289,10 @@ def start_in_background(place, *options):
     lines = daemon.stderr.read().decode("utf-8", "replace").strip().splitlines() or ["it died"]
     daemon.wait()
     try:
-        raise Failure(json.loads(lines[-1])["message"].partition(": ")[2])
+        message = json.loads(lines[-1])["message"].partition(": ")[2]
     except (ValueError, KeyError, TypeError):
-        raise Failure("the daemon did not start: %s" % safe(lines[-1]))
+        message = "the daemon did not start: %s" % safe(lines[-1])
+    raise (Served if "already serves" in message else Failure)(message)
 
 
 # ---- Doctor -------------------------------------------------------------------------------------
@@ -5137,8 +5142,8 @@ def cmd_worker_start(queue, args):
             tell(start_in_background(queue.place, "--workers", str(args.count)))
             print_line(reply("Started %s" % plural(args.count, "worker")))
             return
-        except Failure as error:
-            if last or "already serves" not in str(error):
+        except Served:
+            if last:
                 raise
 
 
@@ -5218,11 +5223,8 @@ def cmd_show(queue, args):
 
 def employ(queue, job_id):
     """Have a temporary daemon work the job, unless someone else has just started one."""
-    try:
+    with contextlib.suppress(Served):
         start_in_background(queue.place, "--only=" + job_id)
-    except Failure as error:
-        if "already serves" not in str(error):
-            raise
 
 
 def hand_on(answer, offset, write):
