@@ -5227,7 +5227,7 @@ def employ(queue, job_id):
         start_in_background(queue.place, "--only=" + job_id)
 
 
-def hand_on(answer, offset, write):
+def hand_on(answer, offset):
     """Write a piece of output; where the next one starts."""
     import base64
     data = base64.b64decode(answer["message"])
@@ -5235,38 +5235,47 @@ def hand_on(answer, offset, write):
         return offset
     if answer["start"] > offset:
         tell("%d bytes were cut here" % (answer["start"] - offset))
-    write(data)
+    write_bytes(data)
     return answer["start"] + len(data)
 
 
-def follow(queue, job_id, write=None, *, attempt=None, work=False, to_end=True):
+def await_end(queue, job_id):
+    """Wait until the job has ended, and see to it that somebody works it; the last answer."""
+    idle = pauses()
+    while True:
+        answer = queue.call("logs", id=job_id, limit=0, work=True)
+        if answer["state"] in FINISHED and (answer["over"] or answer["serial"] is None):
+            return answer
+        if not answer["served"]:
+            employ(queue, job_id)
+        next(idle)
+
+
+def follow(queue, job_id, *, attempt=None, work=False, to_end=True):
     """Hand on what the job writes, from its last attempt or `attempt` on, to the end of the job
-    or (not `to_end`) to what there is by now; returns the last answer. `write` None: only wait.
-    With `work` see to it that somebody works the job."""
+    or (not `to_end`) to what there is by now; returns the last answer. With `work` see to it that
+    somebody works the job."""
     number, serial, offset, end = attempt, None, 0, 0
     idle, hint = pauses(), Hint()
     while True:
-        answer = queue.call("logs", id=job_id, attempt=number, offset=offset, work=work,
-                            limit=PAGE_OUTPUT if write else 0)
+        answer = queue.call("logs", id=job_id, attempt=number, offset=offset, work=work)
         if answer["serial"] != serial:  # another attempt than before: from its start
             serial, number, offset, end = answer["serial"], answer["attempt"], 0, answer["end"]
             continue
-        before, offset = offset, hand_on(answer, offset, write) if write else 0
-        read = answer["over"] and (offset >= answer["end"] or not write)
+        before, offset = offset, hand_on(answer, offset)
+        read = answer["over"] and offset >= answer["end"]
         ended = read if attempt else (read or serial is None) and answer["state"] in FINISHED
         if offset > before and (to_end or offset < end):
             idle = pauses()
         elif read and attempt is None and answer["last"] > number:
             number += 1
-            if write:
-                tell("attempt %d" % number)
+            tell("attempt %d" % number)
         elif ended or not to_end and (serial is None or offset >= end):
             return answer
         else:
             if work and not answer["served"]:
                 employ(queue, job_id)
-            if write:
-                hint(answer["waiting_for"])
+            hint(answer["waiting_for"])
             next(idle)
 
 
@@ -5277,7 +5286,7 @@ def follow(queue, job_id, write=None, *, attempt=None, work=False, to_end=True):
 def cmd_logs(queue, args):
     """Print what a job wrote, bytes as they were. -f follows it, and waits for it to start."""
     with watching():
-        answer = follow(queue, args.id, write_bytes, attempt=args.attempt, to_end=args.follow)
+        answer = follow(queue, args.id, attempt=args.attempt, to_end=args.follow)
     if answer["serial"] is None:
         raise Failure("job %s %s %s" % (safe(args.id), (
             "has no such attempt; see: show" if args.attempt else "never ran; see: show"
@@ -5376,7 +5385,7 @@ def abandon(queue, job_id):
     """Cancel the job of a `run` that ends early, and wait for its end; what to say."""
     try:
         queue.call("cancel", ids=[job_id])
-        follow(queue, job_id, work=True)
+        await_end(queue, job_id)
     except Failure:  # it has just ended, or can't be reached
         return "job %s is left as it is; see: show %s" % (safe(job_id), safe(job_id))
     return "job %s cancelled" % safe(job_id)
@@ -5389,7 +5398,7 @@ def attend(queue, job_id, quiet):
             signal.signal(number, terminate)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
-        return follow(queue, job_id, None if quiet else write_bytes, work=True)
+        return await_end(queue, job_id) if quiet else follow(queue, job_id, work=True)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(abandon(queue, job_id))
     except (Failure, OSError):
@@ -5423,7 +5432,7 @@ def cmd_run(queue, args):
     end = attend(queue, job_id, args.quiet)
     failure = failure_of(job_id, end["state"], end["exit_code"], end["error"])
     if failure and args.quiet:
-        follow(queue, job_id, write_bytes, to_end=False)
+        follow(queue, job_id, to_end=False)
     if failure:
         tell(str(failure))
         return failure.exit_code
@@ -5496,7 +5505,7 @@ def cmd_cancel(queue, args):
         stopping += answer["stopping"]
     for job_id in stopping:
         with watching():
-            follow(queue, job_id, work=True)
+            await_end(queue, job_id)
     report(args, "cancelled", count)
 
 
