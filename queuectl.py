@@ -2958,8 +2958,7 @@ def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry
         act = context.store.count_finished if dry_run else context.store.purge
         count = act(state, before)
         more = not dry_run and count == PURGE
-    return reply("Deleted %s" % plural(count, "job"), count=count, next=0 if more else None,
-                 upto=0)
+    return reply("Deleted %s" % plural(count, "job"), count=count, next=0 if more else None)
 
 
 def waiting_for(context, job):
@@ -4883,20 +4882,19 @@ def selection(states):
 
 def each_answer(queue, args, states, command, option=None, **more):
     """The answers to an operation on the selected jobs: one for ids, else one a page."""
-    if args.ids and (args.state or args.all) or args.state and args.all:
+    given = bool(args.ids) + bool(args.state) + args.all
+    if given > 1:
         raise Usage("give ids, or --state S, or --all")
-    if args.ids:
-        yield queue.call(command, option, ids=args.ids, **more)
-    elif not args.state and not args.all:
+    if not given:
         raise Usage("name the jobs, or give --all" + " or --state S" * (len(states) > 1))
     upto = None
-    for state in (args.state,) if args.state else states if args.all else ():
+    for state in states if args.all else (args.state,):
         after = 0
         while after is not None:
-            answer = queue.call(command, option, state=state, after=after, upto=upto, **more)
-            upto = answer["upto"]
+            answer = queue.call(command, option, ids=args.ids, state=state, after=after, upto=upto,
+                                **more)
             yield answer
-            after = answer["next"]
+            after, upto = answer["next"], answer.get("upto")
 
 
 def print_rows(args, pages, columns):
@@ -5511,10 +5509,10 @@ def cmd_cancel(queue, args):
 
 @subcommand("delete", *selection(FINISHED), DRY_RUN,
             examples=("delete hello", "delete --state dead --dry-run"))
-def cmd_delete(queue, args, older_than=0):
+def cmd_delete(queue, args):
     """Delete finished jobs, with their attempts and output."""
     counts = [answer["count"] for answer in each_answer(
-        queue, args, FINISHED, "delete", older_than=older_than, dry_run=args.dry_run)]
+        queue, args, FINISHED, "delete", older_than=args.older_than, dry_run=args.dry_run)]
     report(args, "deleted", sum(counts))
 
 
@@ -5525,8 +5523,7 @@ def cmd_delete(queue, args, older_than=0):
             examples=("purge --older-than 7d", "purge --state dead --older-than 30d --dry-run"))
 def cmd_purge(queue, args):
     """Delete completed jobs. The setting retention has it done by itself."""
-    args.ids, args.all = (), False
-    cmd_delete(queue, args, args.older_than)
+    cmd_delete(queue, args)
 
 
 @subcommand("pause", arg("--reason", default="", metavar="TEXT", help="shown by status"),
@@ -5553,7 +5550,7 @@ def cmd_dlq_list(queue, args):
             examples=("dlq retry hello", "dlq retry --all"))
 def cmd_dlq_retry(queue, args):
     """Queue dead jobs again, their attempts back at 0."""
-    args.state, count, refused = None, 0, []
+    count, refused = 0, []
     for answer in each_answer(queue, args, ("dead",), "dlq", "retry"):
         count += answer["count"]
         refused += answer["refused"]
@@ -5778,6 +5775,8 @@ def parse(argv):
         rest, args.argv = rest[:at], rest[at + 1:]
     parser = new_parser("queuectl " + name, description=re.sub("\n +", "\n", function.__doc__),
                         epilog="\n  queuectl ".join(("examples:",) + examples))
+    # What it means to name no jobs, for commands where some can't be named in every way.
+    parser.set_defaults(ids=(), state=None, all=False, older_than=0)
     for names, options in arguments:
         parser.add_argument(*names, **options)
     args, unknown = parser.parse_known_args(rest, args)
