@@ -4207,15 +4207,12 @@ class Queue:
         look at a queue that isn't there yet, which makes nothing)."""
         if call.operation.needs_daemon:
             raise NoDaemon(self.place.db)
-        if lock is None:
+        if lock is None and self.place.db_given:
+            check_folder(os.path.dirname(self.place.db))
+        store = open_store(lock, self.place.db, "command") if lock else Store(":memory:")
+        with contextlib.closing(store):
             self.mention_other()
-            if self.place.db_given:
-                check_folder(os.path.dirname(self.place.db))
-            answer = perform(Context(Store(":memory:"), now_ms(), None), call)
-        else:
-            with contextlib.closing(open_store(lock, self.place.db, "command")) as store:
-                self.mention_other()
-                answer = self.do_in(store, call)
+            answer = self.do_in(store, call)
         stored = call.operation.writes and not call.arguments.get("dry_run")
         self.note("daemon not running; %s %s" % (
             "no queue yet at" if lock is None else "stored in" if stored else "read from",
