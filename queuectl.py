@@ -4857,7 +4857,8 @@ JOB_FLAGS = (
     arg("--id", help="default: made of the time"),
     arg("--priority", type=int, metavar="N", help="-1000 to 1000, higher first"),
     arg("--delay", type=duration_flag, metavar="DUR", help="not before so long from now: 90s, 5m"),
-    arg("--at", type=time_flag, metavar="TIME", help="not before: 2026-01-15T10:30:00Z"),
+    arg("--at", dest="run_after", type=time_flag, metavar="TIME",
+        help="not before: 2026-01-15T10:30:00Z"),
     arg("--timeout", type=duration_flag, metavar="DUR", help="longest run of an attempt, 0s: none"),
     arg("--max-retries", type=int, metavar="N", help="attempts in all"),
     arg("--cwd", type=os.path.abspath, metavar="DIR", help="where it runs (default: here)"),
@@ -4911,8 +4912,8 @@ def command_line(argv):
 def job_fields(args):
     """What the command line says of a job."""
     fields = {name: getattr(args, name) for name in (
-        "id", "priority", "timeout", "max_retries", "cwd", "unique") if getattr(args, name)
-        is not None}
+        "id", "priority", "run_after", "timeout", "max_retries", "cwd", "unique")
+        if getattr(args, name) is not None}
     if args.argv is not None:
         if args.job is not None or not args.argv:
             raise Usage("one command is needed, after --, like: -- make -j4")
@@ -4923,12 +4924,10 @@ def job_fields(args):
             if not equals:
                 raise Usage("--env takes NAME=VALUE, not %s" % safe(name))
         fields["env"] = {name: value for name, _, value in pairs}
-    if args.delay is not None and args.at is not None:
-        raise Usage("--delay and --at can't both be given")
     if args.delay is not None:
+        if args.run_after is not None:
+            raise Usage("--delay and --at can't both be given")
         fields["run_after"] = iso(now_ms() + args.delay)
-    elif args.at is not None:
-        fields["run_after"] = args.at
     return fields
 
 
