@@ -5446,31 +5446,25 @@ def outlast(queue):
         next(idle)
 
 
-def drain_here(place, count):
-    """Be a temporary daemon until all is done or another one takes over: the Daemon."""
-    daemon = Daemon(place.db, place.socket, kind="drain", sock_given=place.socket_given,
-                    workers=count)
-    daemon.run(silent)
-    if not daemon.done and not daemon.yielded:
-        raise Failure("stopped before the queue was drained; the rest is kept")
-    return daemon
-
-
 @subcommand("drain", arg("--count", type=count_flag, default=1, metavar="N",
                          help="so many workers (default 1)"),
             examples=("drain", "drain --count 4"))
 def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
     or waiting for another try; exits 1 if a job died."""
-    make_default_folder(queue.place)
-    queue.note = silent
+    place, queue.note = queue.place, silent
+    make_default_folder(place)
     if "paused" in queue.call("status")["message"]:
         raise Failure("the queue is paused; go on with: resume")
     died, done = 0, False
     while not done:
-        daemon = drain_here(queue.place, args.count)
+        daemon = Daemon(place.db, place.socket, kind="drain", sock_given=place.socket_given,
+                        workers=args.count)
+        daemon.run(silent)
         died, done = died + daemon.died, daemon.done
         if not done:
+            if not daemon.yielded:
+                raise Failure("stopped before the queue was drained; the rest is kept")
             tell("another daemon took over; waiting for it")
             with watching():
                 more, done = outlast(queue)
