@@ -4505,23 +4505,23 @@ def bar(done, total, failed, seconds):
                                          "  %d failed" % failed if failed else "")
 
 
-def draws(stream):
-    """Whether `stream` is a terminal that a line can be drawn anew on."""
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+def can_draw():
+    """Whether stderr is a terminal that a line can be drawn anew on."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def coloured(text, colour, stream):
-    """`text` in an ANSI colour, where `stream` is a terminal that should have one."""
-    if not draws(stream) or os.environ.get("NO_COLOR"):
+def coloured(text, colour):
+    """`text` in an ANSI colour, if stderr is a terminal that should have one."""
+    if not can_draw() or os.environ.get("NO_COLOR"):
         return text
     return "\x1b[%dm%s\x1b[0m" % (colour, text)
 
 
-def watch_lines(told, rate, stream):
+def watch_lines(told, rate):
     """What `status --watch` shows of a full status: states, workers, the last deaths."""
     counts = told["jobs"]
     shades = {"processing": 36, "completed": 32, "failed": 33, "dead": 31}
-    yield "  ".join(coloured("%s %d" % (state, counts[state]), shades.get(state, 0), stream)
+    yield "  ".join(coloured("%s %d" % (state, counts[state]), shades.get(state, 0))
                     if counts[state] else "%s 0" % state for state in STATES)
     yield "%s, %.1f jobs/s%s" % (
         plural(told["workers"], "worker"), rate,
@@ -4535,7 +4535,7 @@ def watch_lines(told, rate, stream):
     for job in told["deaths"]:
         yield coloured("  dead %s ago: %s, %s" % (
             lapse((now - parse_date(job["finished_at"])) / 1000), safe(job["id"]),
-            safe(job["error"] or "")), 31, stream)
+            safe(job["error"] or "")), 31)
 
 
 EXPOSITION = """\
@@ -4794,8 +4794,7 @@ class Drawing:
     """Lines on stderr that are drawn anew in place; nothing where it can't be."""
 
     def __init__(self):
-        self.stream = sys.stderr
-        self.able = draws(self.stream)
+        self.able = can_draw()
         self.height = 0
 
     def show(self, lines):
@@ -4805,8 +4804,8 @@ class Drawing:
         width, most = shutil.get_terminal_size()
         lines = [clipped(line, width - 1) for line in list(lines)[:max(most - 1, 1)]]
         up = "\r\x1b[%dA" % (self.height - 1) if self.height > 1 else "\r"
-        self.stream.write(up * (self.height > 0) + "\x1b[J" + "\n".join(lines))
-        self.stream.flush()
+        sys.stderr.write(up * (self.height > 0) + "\x1b[J" + "\n".join(lines))
+        sys.stderr.flush()
         self.height = len(lines)
 
     def close(self):
@@ -5172,7 +5171,7 @@ def watch_status(queue):
             samples.append((monotonic(), told["totals"]["completed"] + told["totals"]["dead"]))
             (start, first), (end, last) = samples[0], samples[-1]
             rate = (last - first) / (end - start) if end > start else 0.0
-            drawing.show(watch_lines(told, rate, drawing.stream))
+            drawing.show(watch_lines(told, rate))
             plain = " ".join("%s %d" % pair for pair in told["jobs"].items()) + (
                 " workers %d%s" % (told["workers"], " paused" * ("paused" in told)))
             if not drawing.able and plain != before:
