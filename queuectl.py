@@ -3550,14 +3550,13 @@ class Daemon:
         """Take the lock, open everything, settle what is open; returns the ready line."""
         take_lock(self.lock, self.db, self.kind)
         self.store = open_store(self.lock, self.db, self.kind)
-        self.server = self.listen()
+        self.listen()
         self.lock.write(self.kind, self.sock, self.store.known)
         self.spool = Spool(self.db)
         private_directory(self.spool.path)
         self.pool = Pool(self.spool, self.loop, self.log, self.open_files)
         self.catch_signals()
         self.take_over()
-        self.loop.want(self.server.socket, READ, self.on_connection)
         self.log("started: queuectl %s %s, %s" % (VERSION, self.kind,
                                                   plural(self.wanted, "worker")))
         self.step()
@@ -3573,13 +3572,18 @@ class Daemon:
                     safe(self.sock), "served by another daemon" if state == "live"
                     else "not a socket of yours"))
             self.sock, self.sock_given = self.db + ".sock", True
-            return self.listen()
+            self.listen()
+            return
         try:
             if state == "stale":
                 remove_stale(self.sock)
-            return make_server(self.sock, self.welcome, self.on_request)
+            self.open_socket()
         except (FileExistsError, FileNotFoundError):  # another daemon was there first
-            return self.listen()
+            self.listen()
+
+    def open_socket(self):
+        self.server = make_server(self.sock, self.welcome, self.on_request)
+        self.loop.want(self.server.socket, READ, self.on_connection)
 
     def catch_signals(self):
         """Note them and wake the loop. TERM always works; INT and HUP stay ignored if they were."""
@@ -3815,15 +3819,14 @@ class Daemon:
         """Someone removed our socket: listen anew, unless another's is there."""
         if knock(self.sock) is not None:
             return
+        old = self.server
         try:
-            server = make_server(self.sock, self.welcome, self.on_request)
+            self.open_socket()
         except (FileExistsError, Failure) as error:
             self.log("can't listen again: %s" % error, every_s=60)
             return
-        self.loop.remove(self.server.socket)
-        self.server.server_close()
-        self.server = server
-        self.loop.want(server.socket, READ, self.on_connection)
+        self.loop.remove(old.socket)
+        old.server_close()
 
     def turn(self, now):
         """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""
