@@ -3843,7 +3843,7 @@ class Daemon:
         try:
             with self.store.transaction(durable=bool(writes)):
                 done = record_results(self.store, results, now_ms())
-                answers = [self.answer(call) for _, call, _ in writes]
+                answers = [(channel, self.answer(call)) for channel, call, _ in writes]
                 self.do_chores()
                 claims = self.claim(now, done)
         except StorageError as error:
@@ -3851,7 +3851,7 @@ class Daemon:
             self.put_off(error, writes, now)
             return
         self.retry_at, self.pause_s = 0.0, BUSY_S
-        self.deliver(done, claims, list(zip(writes, answers)), now)
+        self.deliver(done, claims, answers, now)
 
     def do_chores(self):
         """Adopt, purge and promote, some at a time."""
@@ -3885,7 +3885,7 @@ class Daemon:
             self.hungry = len(claims) == len(slots)
         return claims
 
-    def deliver(self, done, claims, answered, now):
+    def deliver(self, done, claims, answers, now):
         """After the COMMIT: free workers, hand out, answer."""
         self.commands = 0
         for result, _, _ in done:
@@ -3902,9 +3902,9 @@ class Daemon:
                 self.log("job dead: %s, %s" % (result.claim.job, verdict.error))
             elif result.outcome.reason == "unstarted":
                 self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
-        if answered or (done and self.kind == "run"):
+        if answers or (done and self.kind == "run"):
             self.obey(now)
-        for (channel, _, _), answer in answered:
+        for channel, answer in answers:
             self.send(channel, answer)
             self.pump(channel)
 
