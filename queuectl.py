@@ -4047,11 +4047,9 @@ class Daemon:
                 return perform(context, call)
             with self.store.savepoint():
                 return perform(context, call)
-        except StorageError as error:
-            if call.operation.writes:  # what the turn did before may be undone as well
-                raise
-            return error_answer(error)
         except Failure as error:
+            if isinstance(error, StorageError) and call.operation.writes:
+                raise  # what the turn did before may be undone as well
             return error_answer(error)
         except Exception as error:  # a bug must not end the queue
             import traceback
