@@ -3590,9 +3590,8 @@ class Daemon:
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno())
-        self.wake = Channel(ours, self.loop, lambda channel: channel.inbox.clear(),
-                            lambda channel: None)
-        self.wake_end = theirs
+        self.loop.want(ours, READ, lambda events: ours.recv(4096))
+        self.wake_end = theirs  # or it would be closed
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers[number] = signal.signal(
