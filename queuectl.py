@@ -3121,7 +3121,7 @@ def op_worker_stop(context, count=None, now=False):
 def op_daemon_stop(context, grace=None):
     """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
     if grace is not None:
-        grace = checked("grace", as_ms, grace) / 1000.0
+        grace = checked("grace", as_ms, grace)
     context.daemon.stop(grace)
     return reply("Daemon stopping", pid=os.getpid())
 
@@ -3502,7 +3502,7 @@ def shed_syntax_tree():
 
 class Daemon:
     """Serves the queue `db` until it is stopped. `sock`: where; `sock_given`: there or not at
-    all; `workers`: wanted from now on, None: as stored; `grace`: s, see `stop`.
+    all; `workers`: wanted from now on, None: as stored; `grace`: ms, see `stop`.
 
     kind: "daemon", or a temporary one, which gives way to that: "drain" ends when there is no
     more to do, "run" works the job `only`, others that it takes on and none else, and ends with
@@ -3677,14 +3677,14 @@ class Daemon:
         return self.stopping and not waited_for and not self.writes
 
     def stop(self, grace=None):
-        """Claim no more and wait for running jobs; after `grace` s stop them too."""
+        """Claim no more and wait for running jobs; after `grace` ms stop them too."""
         grace = self.grace if grace is None else grace
         if not self.stopping:
             self.log("stopping")
             notify("STOPPING=1")
             self.stopping = self.pool.uneven = True
         if grace is not None:
-            self.forced_at = monotonic() + grace
+            self.forced_at = monotonic() + grace / 1000.0
 
     def give_way(self):
         """Stop at once: what runs is finished by its worker and settled by the next daemon."""
@@ -3722,7 +3722,7 @@ class Daemon:
         self.loop.wait(self.timeout())
         while self.signals:
             self.signals.pop()
-            self.stop(0.0 if self.stopping else None)
+            self.stop(0 if self.stopping else None)
         now = monotonic()
         if now >= self.forced_at:
             self.forced_at = NEVER
@@ -5094,10 +5094,9 @@ def cmd_daemon(queue, args):
         return None
     if args.only is None:
         shed_syntax_tree()
-    grace = None if args.grace is None else args.grace / 1000.0
     daemon = Daemon(place.db, place.socket, kind="daemon" if args.only is None else "run",
                     only=args.only, sock_given=place.socket_given, workers=args.workers,
-                    grace=grace)
+                    grace=args.grace)
     return daemon.run(announce)
 
 
