@@ -2807,7 +2807,7 @@ def hindrance(context):
     return None
 
 
-def admit(context, given, cwd):
+def store_jobs(context, given, cwd):
     """Store the jobs that these objects make, all or none: ([id, or that of the unfinished job
     which holds its unique key], how many are new). A Failure's `index` tells which one is wrong."""
     store, spare_ids = context.store, new_ids(context.now, len(given))
@@ -2834,7 +2834,7 @@ def admit(context, given, cwd):
 def op_enqueue(context, job=None, cwd=None):
     """Store one job, given as JSON text or as an object."""
     given = decode_json(job, "the job") if isinstance(job, str) else job
-    (job_id,), stored = admit(context, [given], cwd)
+    (job_id,), stored = store_jobs(context, [given], cwd)
     return reply("Job enqueued" if stored else "Job already queued", id=job_id,
                  **new_job_note(context))
 
@@ -2845,7 +2845,7 @@ def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
     remembered."""
     if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
         raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
-    told, stored = admit(context, jobs, cwd)
+    told, stored = store_jobs(context, jobs, cwd)
     return reply("Enqueued %s" % plural(stored, "job"),
                  **dict({"ids": told} if ids else {}, **new_job_note(context)))
 
@@ -4407,7 +4407,7 @@ def diagnose(queue, db):
     """What `doctor` finds: [{"check", "ok", "detail", "advice"}]. Nothing is made or changed."""
     findings, place, holder = [], queue.place, {}
 
-    def look(check, function, *args):
+    def note(check, function, *args):
         try:
             detail, ok, advice = function(*args), True, ""
         except (Failure, OSError) as error:
@@ -4416,25 +4416,25 @@ def diagnose(queue, db):
         findings.append({"check": check, "ok": ok, "detail": detail, "advice": advice})
         return ok
 
-    look("versions", look_at_versions, sqlite_version())
-    look("queue", look_at_queue, queue)
+    note("versions", look_at_versions, sqlite_version())
+    note("queue", look_at_queue, queue)
     folder, lock = os.path.dirname(db), db + ".lock"
     while not place.db_given and not os.path.isdir(folder):
         folder = os.path.dirname(folder)  # made when it is needed
-    look("directory", look_at_folder, folder)
-    look("file system", lambda: check_database(folder + "/-") or file_system(folder) or "unknown")
-    look("disk", look_at_disk, folder)
+    note("directory", look_at_folder, folder)
+    note("file system", lambda: check_database(folder + "/-") or file_system(folder) or "unknown")
+    note("disk", look_at_disk, folder)
     for name in ("", "-wal", "-shm", ".lock", ".log", "-run"):
-        look("file DB" + name, look_at_file, db + name, 0o700 if name == "-run" else 0o600)
+        note("file DB" + name, look_at_file, db + name, 0o700 if name == "-run" else 0o600)
     if os.path.isfile(lock):
         with contextlib.suppress(OSError), open(lock, "rb") as file:
             holder = unpad(file.read(LOCK_BYTES))
-    path = look("lock", look_at_lock, lock, holder) and is_locked(lock) and holder.get("socket")
-    look("socket", look_at_socket, path or place.socket, place.socket_given, path)
-    look("daemon", look_at_daemon, db, path)
+    path = note("lock", look_at_lock, lock, holder) and is_locked(lock) and holder.get("socket")
+    note("socket", look_at_socket, path or place.socket, place.socket_given, path)
+    note("daemon", look_at_daemon, db, path)
     found = inspect(db)
-    look("schema", look_at_schema, db, holder.get("identity"), *found)
-    look("integrity", look_at_integrity, found[-1])
+    note("schema", look_at_schema, db, holder.get("identity"), *found)
+    note("integrity", look_at_integrity, found[-1])
     return findings
 
 
@@ -5155,7 +5155,7 @@ def cmd_worker_list(queue, args):
                ("pid", "state", "job", "attempt", "since"))
 
 
-def looks(queue):
+def statuses(queue):
     """Full statuses, one look after the other."""
     while True:
         yield queue.call("status", full=True)["message"]
@@ -5166,7 +5166,7 @@ def watch_status(queue):
     drawing, samples, before = Drawing(), collections.deque(maxlen=50), None
     drawing.able = drawing.able and sys.stdout.isatty()
     try:
-        for told in looks(queue):
+        for told in statuses(queue):
             samples.append((monotonic(), told["totals"]["completed"] + told["totals"]["dead"]))
             (start, first), (end, last) = samples[0], samples[-1]
             rate = (last - first) / (end - start) if end > start else 0.0
@@ -5318,7 +5318,7 @@ def progress_of(queue, ids, ended):
 def progress_of_all(queue):
     """The same for whatever is queued now and later."""
     before, hint = None, Hint()
-    for told in looks(queue):
+    for told in statuses(queue):
         hint(told["hindrance"])
         now = told["totals"]["completed"], told["totals"]["dead"]
         before = before or now
@@ -5435,7 +5435,7 @@ def outlast(queue):
     """Watch, as a client of the daemon that took over a drain: (jobs that died, whether all is
     done); not all is when that daemon is gone too, or has not come for some seconds."""
     idle, hint, before, served_at = pauses(), Hint(), None, monotonic()
-    for told in looks(queue):
+    for told in statuses(queue):
         before = told["totals"]["dead"] if before is None else before
         served_at = monotonic() if told["served"] else served_at
         if not told["unsettled"] or monotonic() > served_at + 3:
