@@ -506,6 +506,12 @@ def unpad(data):
 # The job's record, and the checks of whatever a user or another program gives.
 
 
+def one_of(value, choices):
+    if value not in choices:
+        raise ValueError("must be one of " + ", ".join(choices))
+    return value
+
+
 def as_text(value):
     if not isinstance(value, str):
         raise ValueError("must be text")
@@ -567,9 +573,7 @@ def as_command(value):
 def typed(setting, text):
     """The value of a Setting from its text; ValueError when it can't be one."""
     if setting.kind == "choice":
-        if text not in setting.low:
-            raise ValueError("must be one of " + ", ".join(setting.low))
-        return text
+        return one_of(text, setting.low)
     if setting.kind == "argv":
         return " ".join(split_shell(text)) and text
     if setting.kind == "line":
@@ -726,12 +730,6 @@ def make_job(given, settings, now, cwd=None, job_id=None):
                None if due > now else 1, own, 0, None)
 
 
-def as_state(value):
-    if value not in STATES:
-        raise ValueError("must be one of " + ", ".join(STATES))
-    return value
-
-
 def escaped(value):
     """A text that can be stored, whatever another program put there."""
     return safe(str(value))
@@ -741,7 +739,7 @@ def escaped(value):
 ADOPTED = tuple((field, as_date) for field in (
     "created_at", "updated_at", "run_after", "locked_at", "started_at", "finished_at")) + (
     ("cwd", as_cwd), ("env", lambda text: as_env(json.loads(text))), ("unique", as_unique),
-    ("error", escaped), ("command", as_command), ("state", as_state))
+    ("error", escaped), ("command", as_command), ("state", lambda text: one_of(text, STATES)))
 
 
 def adopted(job, settings, now):
@@ -2876,7 +2874,7 @@ def op_status(context, full=False):
 def op_list(context, state=None, after=0, limit=PAGE_JOBS):
     """A page of jobs, oldest first, beyond `after`; `next` is what comes after, None at the end."""
     if state is not None:
-        state = checked("state", as_state, state)
+        checked("state", one_of, state, STATES)
     after = checked("after", as_int, after, 0, 1 << 62)
     limit = checked("limit", as_int, limit, 1, PAGE_JOBS)
     page, size = [], 0
@@ -2951,9 +2949,8 @@ def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry
         count = len(jobs)
         if not dry_run:
             context.store.delete([job.id for job in jobs])
-    elif state not in FINISHED:
-        raise BadField("state", "must be one of " + ", ".join(FINISHED))
     else:
+        checked("state", one_of, state, FINISHED)
         before = iso(context.now + 1 - checked("older_than", as_ms, older_than))
         act = context.store.count_finished if dry_run else context.store.purge
         count = act(state, before)
