@@ -3214,6 +3214,9 @@ def adopt_strangers(store, now):
 
 LOCK_BYTES = 1024
 
+# Where a queue is. db, socket: absolute paths; …_given: by flag or environment, else the default
+Place = collections.namedtuple("Place", "db db_given socket socket_given")
+
 
 class Lock:
     """flock on DB.lock: its holder alone may open the database. The file is never removed. Its
@@ -3498,26 +3501,25 @@ def shed_syntax_tree():
 
 
 class Daemon:
-    """Serves the queue `db` until it is stopped. `sock`: where; `sock_given`: there or not at
-    all; `workers`: wanted from now on, None: as stored; `grace`: ms, see `stop`.
+    """Serves the queue at `place` until it is stopped. `workers`: wanted from now on, None: as
+    stored; `grace`: ms, see `stop`.
 
     kind: "daemon", or a temporary one, which gives way to that: "drain" ends when there is no
     more to do, "run" works the job `only`, others that it takes on and none else, and ends with
     them.
     """
 
-    def __init__(self, db, sock, *, kind="daemon", only=None, sock_given=False, workers=None,
-                 grace=None):
-        self.db = db
+    def __init__(self, place, *, kind="daemon", only=None, workers=None, grace=None):
+        self.db = place.db
         self.kind = kind
         self.only = None if only is None else {only}
-        self.sock = sock
-        self.sock_given = sock_given
+        self.sock = place.socket
+        self.sock_given = place.socket_given  # there or not at all
         self.grace = grace
         self.wanted = workers
         self.open_files = set_open_files()
-        self.log = Log(db + ".log")
-        self.lock = Lock(db)
+        self.log = Log(self.db + ".log")
+        self.lock = Lock(self.db)
         self.store = self.server = None  # until `start`
         self.handlers = {}         # signal -> what handled it before
         self.loop = Loop()
@@ -4060,10 +4062,6 @@ class Daemon:
 # ---- Client -------------------------------------------------------------------------------------
 # Where a command finds its queue, and how it has its request done: by whoever holds the lock, or,
 # if nobody does, here.
-
-# db, socket: absolute paths; …_given: by flag or environment, else the default
-Place = collections.namedtuple("Place", "db db_given socket socket_given")
-
 
 def default_db():
     """Beside this file if the directory is ours alone and no bin, else where state is kept."""
@@ -5091,9 +5089,8 @@ def cmd_daemon(queue, args):
         return None
     if args.only is None:
         shed_syntax_tree()
-    daemon = Daemon(place.db, place.socket, kind="daemon" if args.only is None else "run",
-                    only=args.only, sock_given=place.socket_given, workers=args.workers,
-                    grace=args.grace)
+    daemon = Daemon(place, kind="daemon" if args.only is None else "run", only=args.only,
+                    workers=args.workers, grace=args.grace)
     return daemon.run(announce)
 
 
@@ -5447,14 +5444,13 @@ def outlast(queue):
 def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
     or waiting for another try; exits 1 if a job died."""
-    place, queue.note = queue.place, silent
-    make_default_folder(place)
+    make_default_folder(queue.place)
+    queue.note = silent
     if "paused" in queue.call("status")["message"]:
         raise Failure("the queue is paused; go on with: resume")
     died, done = 0, False
     while not done:
-        daemon = Daemon(place.db, place.socket, kind="drain", sock_given=place.socket_given,
-                        workers=args.count)
+        daemon = Daemon(queue.place, kind="drain", workers=args.count)
         daemon.run(silent)
         died, done = died + daemon.died, daemon.done
         if not done:
