@@ -3517,7 +3517,6 @@ class Daemon:
         self.sock_given = place.socket_given  # there or not at all
         self.grace = grace
         self.wanted = workers
-        self.open_files = set_open_files()
         self.log = Log(self.db + ".log")
         self.lock = Lock(self.db)
         self.store = self.server = None  # until `start`
@@ -3553,7 +3552,7 @@ class Daemon:
         self.lock.write(self.kind, self.sock, self.store.known)
         self.spool = Spool(self.db)
         private_directory(self.spool.path)
-        self.pool = Pool(self.spool, self.loop, self.log, self.open_files)
+        self.pool = Pool(self.spool, self.loop, self.log, set_open_files())
         self.catch_signals()
         self.take_over()
         self.log("started: queuectl %s %s, %s" % (VERSION, self.kind,
