@@ -3223,6 +3223,7 @@ class Lock:
     text (pid, kind of holder, socket, the database's identity) is a hint, not the lock."""
 
     def __init__(self, db):
+        self.db = db
         self.path = db + ".lock"
         self.fd = None
 
@@ -3259,8 +3260,8 @@ class Lock:
             self.fd = None
 
 
-def take_lock(lock, db, kind):
-    """Take the Lock of `db` for a starting daemon of that kind: those of earlier KINDS are asked
+def take_lock(lock, kind):
+    """Take the Lock for a starting daemon of that kind: those of earlier KINDS are asked
     to give way, commands waited for, a daemon that is to stay is not."""
     deadline = monotonic() + 5
     while not lock.take():
@@ -3271,13 +3272,13 @@ def take_lock(lock, db, kind):
         serves = holder not in (None, "command") and process_start(text.get("pid") or 0)
         if serves and holder in KINDS and KINDS.index(holder) < KINDS.index(kind):
             with contextlib.suppress(Failure, TypeError):  # it has no socket yet
-                ask(text["socket"], {"command": "daemon", "option": "yield", "db": db,
+                ask(text["socket"], {"command": "daemon", "option": "yield", "db": lock.db,
                                      "flag": "kind", "value": kind}, 2)
         elif serves and (holder == "daemon" or kind == "run"):
             deadline = 0
         if monotonic() > deadline:
             raise Served("a %s, pid %s, already serves %s; %s" % (
-                holder or "process", text.get("pid", "unknown"), safe(db),
+                holder or "process", text.get("pid", "unknown"), safe(lock.db),
                 "stop it with: daemon stop" if holder == "daemon" else "wait until it is done"))
         time.sleep(0.02)
 
@@ -3465,11 +3466,11 @@ def patiently(action, trouble=Busy):
             time.sleep(0.02)
 
 
-def open_store(lock, db, kind):
-    """The Store at `db` for the holder of its lock, who signs that."""
+def open_store(lock, kind):
+    """The Store for the holder of its lock, who signs that."""
     identity = lock.text().get("identity")
     lock.write(kind, None, identity)
-    store = patiently(lambda: Store(db, identity))
+    store = patiently(lambda: Store(lock.db, identity))
     lock.write(kind, None, store.known)
     return store
 
@@ -3546,8 +3547,8 @@ class Daemon:
 
     def start(self):
         """Take the lock, open everything, settle what is open; returns the ready line."""
-        take_lock(self.lock, self.db, self.kind)
-        self.store = open_store(self.lock, self.db, self.kind)
+        take_lock(self.lock, self.kind)
+        self.store = open_store(self.lock, self.kind)
         self.listen()
         self.lock.write(self.kind, self.sock, self.store.known)
         self.spool = Spool(self.db)
@@ -4203,7 +4204,7 @@ class Queue:
             raise NoDaemon(self.place.db)
         if lock is None and self.place.db_given:
             check_folder(os.path.dirname(self.place.db))
-        store = open_store(lock, self.place.db, "command") if lock else Store(":memory:")
+        store = open_store(lock, "command") if lock else Store(":memory:")
         with contextlib.closing(store):
             self.mention_other()
             answer = self.do_in(store, call)
