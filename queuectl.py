@@ -5417,12 +5417,12 @@ def cmd_run(queue, args):
         warn(answer)
     end = attend(queue, job_id, args.quiet)
     failure = failure_of(job_id, end["state"], end["exit_code"], end["error"])
-    if failure and args.quiet:
+    if failure is None:
+        return 0
+    if args.quiet:
         follow(queue, job_id, to_end=False)
-    if failure:
-        tell(str(failure))
-        return failure.exit_code
-    return 0
+    tell(str(failure))
+    return failure.exit_code
 
 
 def outlast(queue):
