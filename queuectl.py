@@ -2362,6 +2362,7 @@ def default_signals():
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
+@functools.lru_cache(maxsize=None)  # a second daemon in this process hears the first answer
 def set_open_files(limit=None):
     """Set the soft limit of descriptors, None: as high as allowed; the limit before."""
     import resource
