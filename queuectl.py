@@ -106,6 +106,7 @@ PROMOTE = 1000                  # due jobs made ready, or rows adopted, in one t
 STARTS = 32                     # workers started in one turn of the loop
 ANSWERS = 250                   # answers remembered, for clients whose connection broke
 MAX_ASKED = 500                 # ids in one statement: SQLite 3.7.17 takes 999 values
+ASKED = 2000                    # jobs that `wait` asks for at each look
 PURGE = 500                     # jobs deleted in one transaction
 PAGE_OUTPUT = 256 << 10         # output travels in pieces of so many bytes
 MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
@@ -1184,7 +1185,9 @@ class Store:
 
     def wanted(self):
         """The number of workers wanted."""
-        return int(self.meta("workers") or 0)
+        with contextlib.suppress(TypeError, ValueError):  # what another program wrote
+            return min(max(int(self.meta("workers")), 0), MAX_WORKERS)
+        return 0
 
     def set_wanted(self, count):
         self.set_meta("workers", str(count))
@@ -1264,7 +1267,9 @@ class Store:
         """A processing job without an open attempt, never ours, is adopted like a stranger's."""
         self.write("""UPDATE jobs SET due = 0
                       WHERE state = 'processing'
-                        AND NOT EXISTS (SELECT 1 FROM running WHERE running.job = jobs.id)""")
+                        AND NOT EXISTS (SELECT 1 FROM running
+                                        WHERE running.job = jobs.id
+                                           OR running.serial = jobs.serial)""")
 
     # -- jobs coming due
 
@@ -1303,7 +1308,7 @@ class Store:
                              LIMIT ?""" % which, (*(only or ()), len(slots)))
         if not rows:
             return []
-        serial, stamp = self.value("SELECT serial FROM totals"), iso(now)
+        serial, stamp = self.last_serial(), iso(now)
         claims = [sound(Claim(serial + i + 1, slot, boot, now, *row[1:]), self.settings)
                   for i, (slot, row) in enumerate(zip(slots, rows))]
         self.write_all("INSERT INTO running VALUES (?, ?, ?, ?, ?, 0)", [
@@ -1330,13 +1335,16 @@ class Store:
                WHERE running.job = COALESCE(?, running.job)
                ORDER BY running.serial""", (job_id,))]
 
+    def last_serial(self):
+        return self.value("SELECT serial FROM totals")
+
     def raise_serial(self, serial):
         """Give no attempt a number up to `serial`."""
         self.write("UPDATE totals SET serial = MAX(serial, ?)", (serial,))
 
     def finish(self, claim, verdict, outcome, output, worker, now):
-        """processing -> completed, failed or dead; no more than the end of the attempt if another
-        program deleted the job."""
+        """processing -> completed, failed or dead; no more than the end of the attempt (and False)
+        if another program deleted the job."""
         self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
         status, ended = outcome.status, iso(outcome.ended_at or now)
         code = status if status is not None and status >= 0 and not outcome.reason else None
@@ -1349,13 +1357,14 @@ class Store:
                              WHERE id = ? AND serial = ?""", (
                 verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
                 verdict.error, ended if over else None, ended, claim.job, claim.serial)):
-            return
+            return False
         self.write("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
             claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended, code,
             signal_name(-status) if status is not None and status < 0 else None, verdict.error,
             outcome.dropped, output or None))
         self.count_outcome(verdict, max((outcome.ended_at or now) - claim.started_at, 0))
         self.expect(verdict.due)
+        return True
 
     def count_outcome(self, verdict, runtime):
         if verdict.state == "completed":
@@ -1367,11 +1376,12 @@ class Store:
                        (verdict.state == "dead",))
 
     def mark_cancelled(self, job_id, now):
-        """Note that the job's open attempt is to be stopped; False when it has none."""
+        """Note that open attempts of that name are to be stopped; whether the job has one: it may
+        have been deleted, and inserted anew."""
         self.cancels = True
-        return self.write("""UPDATE running SET cancelled = ?
-                             WHERE job = ? AND serial = (SELECT serial FROM jobs WHERE id = ?)""",
-                          (now, job_id, job_id)) > 0
+        self.write("UPDATE running SET cancelled = ? WHERE job = ?", (now, job_id))
+        return self.value("""SELECT 1 FROM running JOIN jobs ON jobs.serial = running.serial
+                             WHERE running.job = ? AND jobs.id = ?""", (job_id, job_id)) is not None
 
     def cancelled(self):
         """{serial: ms when it was cancelled} of the open attempts that are to be stopped."""
@@ -1773,25 +1783,27 @@ def settle(record, worker_locked, run_locked, leader_lives, same_boot):
     return "lost"
 
 
-def group_lives(pid):
-    """Whether there are processes, no zombies, of the group and session that `pid` has led."""
-    with contextlib.suppress(OSError):
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                fields = read_at("/proc/%s/stat" % name, 0, 4096)[0].rpartition(b")")[2].split()
-                if int(fields[2]) == int(fields[3]) == pid and fields[0] not in (b"Z", b"X"):
+def group_lives(pid, job):
+    """Whether a process of that job, no zombie, is left of the group and session `pid` has led."""
+    mark = b"QUEUECTL_JOB_ID=" + job.encode()
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError,
+                                 IndexError):  # it is just going
+            fields = read_at("/proc/%s/stat" % name, 0, 4096)[0].rpartition(b")")[2].split()
+            if int(fields[2]) == int(fields[3]) == pid and fields[0] not in (b"Z", b"X"):
+                if mark in read_at("/proc/%s/environ" % name, 0, 1 << 22)[0].split(b"\0"):
                     return True
     return False
 
 
-def leader(record):
-    """The pid of the attempt's first process if it still is that one, or if its group has outlived
-    it: as long as that has members no other process is given the number. Else None."""
+def leader(record, job):
+    """The pid of the attempt's first process if it still is that one, or if others of its group
+    have outlived it. Else None."""
     pid = record.get("pid")
     if not pid or not record.get("start"):
         return None
     start = process_start(pid)
-    lives = start == record["start"] if start else group_lives(pid)
+    lives = start == record["start"] if start else group_lives(pid, job)
     return pid if lives else None
 
 
@@ -1799,8 +1811,9 @@ def examine(claim, spool, boot):
     """(what `settle` says of the attempt, its record)."""
     locked = is_locked(spool.worker(claim.slot))  # first: once it is free the record is final
     record = spool.record(claim)
-    return settle(record, locked, is_locked(spool.run(claim.serial)), bool(leader(record)),
-                  claim.boot == boot), record
+    same_boot = claim.boot == boot
+    return settle(record, locked, is_locked(spool.run(claim.serial)),
+                  same_boot and bool(leader(record, claim.job)), same_boot), record
 
 
 def signal_command(pid, run_file, number):
@@ -1875,7 +1888,8 @@ class Attempt:
             place = os.fsdecode(error.filename or "")
             there = place == self.order["cwd"]
             place = place and (" in " if there else " ") + safe(place)
-            self.finish("unstarted" if error.errno in UNSTARTED and not there else "refused",
+            own_fault = error.errno not in UNSTARTED or there and error.errno == errno.EIO
+            self.finish("refused" if own_fault else "unstarted",
                         "can't start%s: %s" % (place, os.strerror(error.errno)))
             return
         except (AttributeError, TypeError, ValueError) as error:  # what another program wrote
@@ -2428,8 +2442,9 @@ class Orphan:
 
 
 def is_overdue(claim, since, now):
-    """Whether the worker that has run this since then must have ended it long ago."""
-    return claim.timeout and now > since + claim.timeout / 1000.0 + GRACE_S + SILENT_S
+    """Whether the worker that has run this since then must have ended it long ago. Of a job that
+    was deleted meanwhile no timeout is known."""
+    return claim.command is not None and claim.timeout and now > since + claim.timeout / 1000.0 + GRACE_S + SILENT_S
 
 
 def result_of(claim, verdict, record, spool, limit, worker=None):
@@ -2623,8 +2638,10 @@ class Pool:
         for orphan in self.orphans.values():
             verdict, record = examine(orphan.claim, self.spool, self.boot)
             orphan.attended = verdict == "leave"
-            if orphan.attended and is_overdue(orphan.claim, orphan.since, now):
-                orphan.reason = orphan.reason or "hung"
+            if orphan.attended and not orphan.reason and is_overdue(
+                    orphan.claim, orphan.since, now):
+                self.log("worker hung: slot %d, job %s" % (orphan.claim.slot, orphan.claim.job))
+                orphan.reason = "hung"
             if verdict == "stop" or (verdict == "leave" and orphan.reason):
                 self.stop_orphan(orphan, record, now)
                 soon = True
@@ -2643,7 +2660,7 @@ class Pool:
         if orphan.kill_at is None or now >= orphan.kill_at:
             number = signal.SIGTERM if orphan.kill_at is None else signal.SIGKILL
             orphan.kill_at = now + GRACE_S
-            signal_command(leader(record), self.spool.run(orphan.claim.serial), number)
+            signal_command(leader(record, orphan.claim.job), self.spool.run(orphan.claim.serial), number)
 
     def frees(self, claim):
         """Whether a worker of ours is free for another job once `claim` is closed."""
@@ -2819,8 +2836,10 @@ def store_jobs(context, given, cwd):
                 raise Failure("job id %s stands twice" % safe(job.id))
             if "id" in fields and not holder and store.has(job.id):
                 raise Failure("job id %s is taken; choose another, or leave it out" % safe(job.id))
+        except StorageError:
+            raise
         except Failure as error:
-            raise Failure(str(error), index=index)
+            raise Failure(str(error), **({"index": index} if len(given) > 1 else {}))
         told.append(holder or job.id)
         if not holder:
             new[job.id] = job
@@ -2919,9 +2938,9 @@ def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
             raise Failure(obstacle)
         else:
             refused.append(obstacle)
-    named = ("Jobs " if len(jobs) > 1 else "Job ") + ", ".join(job.id for job in jobs)
-    return reply((plural(len(jobs), "job") if state else named) + " added to queue",
-                 count=len(jobs) - len(refused), refused=refused, **page)
+    named, count = ", ".join(job.id for job in jobs), len(jobs) - len(refused)
+    return reply("%s added to queue" % (plural(count, "job") if state else "%s %s" % (
+        "Jobs" if count > 1 else "Job", named)), count=count, refused=refused, **page)
 
 
 @operation("cancel", bare="ids", writes=True)
@@ -3178,8 +3197,9 @@ def record_results(store, results, now):
         if result.outcome.reason in GIVEN_BACK:
             store.give_back(result.claim, verdict, now)
         else:
-            store.finish(result.claim, verdict, result.outcome, result.output, result.worker, now)
-            if verdict.state == "dead":
+            known = store.finish(result.claim, verdict, result.outcome, result.output,
+                                 result.worker, now)
+            if known and verdict.state == "dead":
                 heir = on_job_death(store, result.claim.job, now)
         done.append((result, verdict, heir))
     return done
@@ -3601,12 +3621,14 @@ class Daemon:
     def take_over(self):
         """What earlier holders of the lock left: open attempts, run files, numbers, workers."""
         claims, serials = self.store.open_claims(), self.spool.serials()
+        given = self.store.last_serial()
         patiently(lambda: self.begin(self.spool.last_serial()))
         for claim in claims:
             self.pool.orphan(claim)
         self.heed()
         for serial in set(serials) - {claim.serial for claim in claims}:
-            if is_locked(self.spool.run(serial)):  # of a database that was here before
+            if serial > given and is_locked(self.spool.run(serial)):
+                # Of a database that was here before this one was put back.
                 signal_command(None, self.spool.run(serial), signal.SIGKILL)
             self.spool.discard(serial)
 
@@ -3816,13 +3838,14 @@ class Daemon:
 
     def reopen_socket(self):
         """Someone removed our socket: listen anew, unless another's is there."""
-        if knock(self.sock) is not None:
-            return
-        old = self.server
+        old, there = self.server, knock(self.sock)
         try:
+            if there is not None:
+                raise Failure("something else is there (%s)" % there)
             self.open_socket()
-        except (FileExistsError, Failure) as error:
-            self.log("can't listen again: %s" % error, every_s=60)
+        except (OSError, Failure) as error:
+            self.log("can't listen again at %s: %s" % (
+                self.sock, getattr(error, "strerror", None) or error), every_s=60)
             return
         self.loop.remove(old.socket)
         old.server_close()
@@ -5053,7 +5076,8 @@ def cmd_enqueue(queue, args):
         raise Failure(NO_JOB + "; a command goes after --, like: enqueue -- make -j4")
     else:
         job = read_job(args.job, fields)
-    answer = queue.call("enqueue", job=job, cwd=working_directory())
+    # Without flags as it was typed: its errors are then those of any client.
+    answer = queue.call("enqueue", job=job if fields else args.job, cwd=working_directory())
     warn(answer)
     if args.quiet:
         printed(answer["id"])
@@ -5299,7 +5323,8 @@ def failure_of(job_id, state, exit_code, error):
 def progress_of(queue, ids, ended):
     """(done, total, failed) of these jobs, time and again; fills `ended`: id -> (state, exit
     code, error)."""
-    asked, hint = ids, Hint()  # at first all, to see that they exist
+    asked = waiting = ids  # at first all, to see that they exist
+    hint = Hint()
     while True:
         for at in range(0, len(asked), MAX_ASKED):
             answer = queue.call("wait", ids=asked[at:at + MAX_ASKED])
@@ -5307,7 +5332,9 @@ def progress_of(queue, ids, ended):
                 ended[job_id] = end
             hint(answer["hindrance"])
         yield len(ended), len(ids), sum(end[0] == "dead" for end in ended.values())
-        asked = [job_id for job_id in ids if job_id not in ended]
+        # In turns, so that each is asked before `retention` could take it.
+        waiting = [job_id for job_id in waiting[ASKED:] + waiting[:ASKED] if job_id not in ended]
+        asked = waiting[:ASKED]
 
 
 def progress_of_all(queue):

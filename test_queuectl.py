@@ -787,7 +787,7 @@ class StoreTest(StoreCase):
         self.sql("DELETE FROM jobs WHERE id = 'a'")
         self.add("a")
         self.assertFalse(self.store.mark_cancelled("a", NOW))
-        self.assertEqual(self.store.cancelled(), {})
+        self.assertEqual(self.store.cancelled(), {1: NOW})  # the old one is stopped all the same
 
     def test_numbers_and_texts_that_are_none_are_replaced(self):
         self.add("a")
@@ -812,6 +812,10 @@ class StoreTest(StoreCase):
         claim, = self.claim()
         self.store.disown_stranded()
         self.assertEqual(self.shown("a", "due"), (None,))
+        self.sql("UPDATE jobs SET id = 'b' WHERE id = 'a'")
+        self.store.disown_stranded()
+        self.assertEqual(self.shown("b", "due"), (None,))
+        self.sql("UPDATE jobs SET id = 'a' WHERE id = 'b'")
         self.sql("DELETE FROM running")
         self.store.disown_stranded()
         self.adopt()
@@ -918,21 +922,23 @@ class LeaderTest(Case):
     def test_a_group_speaks_for_its_leader_as_long_as_it_has_members(self):
         leader = subprocess.Popen(["/bin/sh", "-c", "read x; sleep 300 & echo $!; read x"],
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  env=dict(os.environ, QUEUECTL_JOB_ID="a"),
                                   start_new_session=True)
         self.addCleanup(leader.communicate)
         record = {"pid": leader.pid, "start": queuectl.process_start(leader.pid)}
-        self.assertEqual(queuectl.leader(record), leader.pid)
-        self.assertIsNone(queuectl.leader(dict(record, start="another")))
+        self.assertEqual(queuectl.leader(record, "a"), leader.pid)
+        self.assertIsNone(queuectl.leader(dict(record, start="another"), "a"))
         leader.stdin.write(b"\n")
         leader.stdin.flush()
         member = int(leader.stdout.readline())
         os.kill(leader.pid, signal.SIGKILL)
         wait_until(lambda: not queuectl.process_start(leader.pid), "the leader has ended")
-        self.assertEqual(queuectl.leader(record), leader.pid)
+        self.assertEqual(queuectl.leader(record, "a"), leader.pid)
+        self.assertIsNone(queuectl.leader(record, "b"))  # a number used again
         os.kill(member, signal.SIGKILL)
         wait_until(lambda: not queuectl.process_start(member), "the member has ended")
-        self.assertIsNone(queuectl.leader(record))
-        self.assertIsNone(queuectl.leader({}))
+        self.assertIsNone(queuectl.leader(record, "a"))
+        self.assertIsNone(queuectl.leader({}, "a"))
 
     def test_numbers_are_above_those_of_every_file(self):
         spool = queuectl.Spool(self.folder() + "/q")
@@ -1012,14 +1018,14 @@ class AttemptTest(Case):
         self.assertEqual(self.notes[-1], {
             "serial": 1, "phase": "running", "pid": run.process.pid,
             "start": queuectl.process_start(run.process.pid)})
-        self.assertEqual(queuectl.leader(self.notes[-1]), run.process.pid)
+        self.assertEqual(queuectl.leader(self.notes[-1], "a"), run.process.pid)
         self.assertEqual(os.getpgid(run.process.pid), run.process.pid)
         self.assertIs(queuectl.is_locked(run.path), True)
         with open(self.base + "/go", "w") as fifo:
             fifo.write("\n")
         self.assertEqual(self.finish(run), (0, "", b""))
         self.assertIs(queuectl.is_locked(run.path), False)
-        self.assertIsNone(queuectl.leader(self.notes[-2]))
+        self.assertIsNone(queuectl.leader(self.notes[-2], "a"))
 
     def test_a_timeout_ends_the_whole_group_and_who_left_it(self):
         leaver = "import os,time; os.setsid(); print(os.getpid(), flush=True); time.sleep(60)"
