@@ -3371,6 +3371,18 @@ class OrphanTest(FaultCase):
         wait_until(lambda: not queuectl.process_start(pid), "what nobody knows is stopped")
         self.assertEqual(self.jobs(), [])
 
+    def test_what_a_completed_job_left_in_the_background_outlives_the_daemon(self):
+        daemon = self.daemon("--workers", "1")
+        self.probe("a")
+        self.wait_for("completed")
+        self.kill(daemon)
+        run_file = self.db + "-run/1"  # as if the daemon had died before it was removed
+        left = self.started(["/bin/sh", "-c", "exec 9>>%s; flock 9; echo ready; exec sleep 300"
+                             % run_file])
+        self.daemon()
+        self.assertFalse(os.path.exists(run_file))
+        self.assertIsNone(left.poll())
+
     def test_a_command_left_by_daemon_and_worker_is_stopped_before_its_retry(self):
         self.ok("config", "set", "delay-base", "1")
         daemon, worker = self.running()
@@ -4771,15 +4783,17 @@ class Plug(FaultCase):
         acknowledged, over = {}, threading.Event()
         feeder = threading.Thread(target=self.feed, args=(name, acknowledged, over))
         feeder.start()
-        time.sleep(self.chance.uniform(0.3, 1.5))
-        for pid in processes_of(self.dir):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGSTOP)
-        promised = dict(acknowledged)
-        shutil.copyfile(before, after)
-        over.set()
-        self.kill_all()
-        feeder.join()
+        try:
+            time.sleep(self.chance.uniform(0.3, 1.5))
+            for pid in processes_of(self.dir):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGSTOP)
+            promised = dict(acknowledged)
+            shutil.copyfile(before, after)
+        finally:
+            over.set()
+            self.kill_all()
+            feeder.join()
         self.switch_off()
         self.switch_on(after)
         wait_until(lambda: not self.unfinished(), "all is done", 60)
