@@ -1767,7 +1767,7 @@ def settle(record, worker_locked, run_locked, leader_lives, same_boot):
     record         what its worker noted, {} if nothing
     worker_locked  the worker lives
     run_locked     the run file is locked; None: there is none
-    leader_lives   a process with the noted pid and start time is there
+    leader_lives   the noted process is there, or others of its group (see `leader`)
     same_boot      it was claimed since the host started
     """
     if not same_boot:
@@ -2444,7 +2444,8 @@ class Orphan:
 def is_overdue(claim, since, now):
     """Whether the worker that has run this since then must have ended it long ago. Of a job that
     was deleted meanwhile no timeout is known."""
-    return claim.command is not None and claim.timeout and now > since + claim.timeout / 1000.0 + GRACE_S + SILENT_S
+    longest = claim.command is not None and claim.timeout
+    return bool(longest) and now > since + longest / 1000.0 + GRACE_S + SILENT_S
 
 
 def result_of(claim, verdict, record, spool, limit, worker=None):
@@ -2660,7 +2661,8 @@ class Pool:
         if orphan.kill_at is None or now >= orphan.kill_at:
             number = signal.SIGTERM if orphan.kill_at is None else signal.SIGKILL
             orphan.kill_at = now + GRACE_S
-            signal_command(leader(record, orphan.claim.job), self.spool.run(orphan.claim.serial), number)
+            claim = orphan.claim
+            signal_command(leader(record, claim.job), self.spool.run(claim.serial), number)
 
     def frees(self, claim):
         """Whether a worker of ours is free for another job once `claim` is closed."""
@@ -2791,13 +2793,14 @@ def on_job_death(store, job_id, now):
     job = store.job(job_id) if line else None
     if job is None or job.own & ON_DEAD:
         return None
-    # Another program may have written anything: texts, without NUL.
-    died, error, command = (str(value).replace("\0", "") for value in (
-        job.id, job.error or "", job.command))
-    command = command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")
+
+    def fitting(value, size):
+        """What an environment takes of it: another program may have written anything."""
+        return str(value).replace("\0", "").encode()[:size].decode("utf-8", "ignore")
     new = make_job({"command": line, "env": {
-        "QUEUECTL_DEAD_ID": died, "QUEUECTL_DEAD_ERROR": error[:1000],
-        "QUEUECTL_DEAD_COMMAND": command}}, store.settings, now)
+        "QUEUECTL_DEAD_ID": fitting(job.id, 1000),
+        "QUEUECTL_DEAD_ERROR": fitting(job.error or "", 1000),
+        "QUEUECTL_DEAD_COMMAND": fitting(job.command, MAX_DEAD_COMMAND)}}, store.settings, now)
     store.insert([new._replace(own=ON_DEAD)])
     return new.id
 
@@ -2825,7 +2828,8 @@ def hindrance(context):
 
 def store_jobs(context, given, cwd):
     """Store the jobs that these objects make, all or none: ([id, or that of the unfinished job
-    which holds its unique key], how many are new). A Failure's `index` tells which one is wrong."""
+    which holds its unique key], how many are new). Of several, a Failure's `index` tells which one
+    is wrong."""
     store, spare_ids = context.store, new_ids(context.now, len(given))
     new, told, keys = {}, [], {}
     for index, fields in enumerate(given):
@@ -3782,8 +3786,9 @@ class Daemon:
         return max(min(at) - now, 0.0)
 
     def wants_turn(self, now):
+        """Whether there is something to do, and be it to see that trouble is over."""
         return now >= self.retry_at and bool(
-            self.writes or self.chores or self.due()
+            self.retry_at or self.writes or self.chores or self.due()
             or (self.hungry and self.pool.idle and self.may_start(now)))
 
     def due(self):
@@ -3960,6 +3965,7 @@ class Daemon:
             else:
                 self.send(channel, error_answer(error))
                 self.pump(channel)
+        self.hungry = self.chores = True
         self.trouble(error, now)
 
     def trouble(self, error, now):
@@ -3967,7 +3973,6 @@ class Daemon:
         if isinstance(error, Replaced):
             raise error
         self.log("storage trouble: %s" % error, every_s=60)
-        self.hungry = self.chores = True  # a turn is tried then, and ends it
         self.retry_at = now + self.pause_s
         self.pause_s = BUSY_S if isinstance(error, Busy) else min(self.pause_s * 2, 5.0)
 

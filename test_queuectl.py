@@ -807,6 +807,17 @@ class StoreTest(StoreCase):
         self.adopt()
         self.assertEqual(sorted(claim.command for claim in self.claim(9)), ["x", "y"])
 
+    def test_what_died_fits_the_environment_of_the_on_dead_line(self):
+        with self.store.transaction():
+            self.store.set_setting("on-dead", "mail")
+        self.sql("INSERT INTO jobs (id, command, run_after, max_retries)"
+                 " VALUES (?, 'x', '2026-01-15', 1)", "i" * 200000)
+        self.adopt()
+        self.end(self.claim()[0], 1)
+        env = json.loads(self.store.latest("pending", 9)[0].env)
+        self.assertEqual((env["QUEUECTL_DEAD_ID"], env["QUEUECTL_DEAD_ERROR"]),
+                         ("i" * 1000, "exit 1"))
+
     def test_a_processing_job_without_an_attempt_is_adopted(self):
         self.add("a")
         claim, = self.claim()
@@ -1177,6 +1188,8 @@ class OperationsTest(StoreCase):
         daemon.chores = daemon.hungry = False
         daemon.trouble(queuectl.StorageError("no"), 10.0)
         self.assertEqual((daemon.wants_turn(10.04), daemon.wants_turn(10.06)), (False, True))
+        daemon.hungry = daemon.chores = False  # a look in between finds nothing to do
+        self.assertTrue(daemon.wants_turn(10.06))
 
     def test_enqueue_answers_with_the_id(self):
         answer = {"success": True, "message": "Job enqueued", "id": "a"}
@@ -4819,6 +4832,14 @@ class Plug(FaultCase):
         return {what: found for what, found in wrong.items() if found}
 
 
+def told(name, wrong, well):
+    """Print what is wrong, or that all is well; the exit status."""
+    for what, found in wrong.items():
+        print("%s: %s: %s" % (name, what, str(found)[:500]))
+    print("%s: %s" % (name, "FAILED" if wrong else well))
+    return int(bool(wrong))
+
+
 def plug(rounds, seed):
     """So many power cuts; the exit status."""
     if os.geteuid() or not shutil.which("mkfs.ext4"):
@@ -4832,10 +4853,7 @@ def plug(rounds, seed):
             wrong.update(case.pull(number))
     finally:
         case.doCleanups()
-    for what, found in wrong.items():
-        print("plug: %s: %s" % (what, str(found)[:500]))
-    print("plug: %s" % ("FAILED" if wrong else "nothing lost, nothing damaged"))
-    return int(bool(wrong))
+    return told("plug", wrong, "nothing lost, nothing damaged")
 
 
 def stress(seconds, seed, jobs):
@@ -4851,10 +4869,7 @@ def stress(seconds, seed, jobs):
             wrong.update(action())
         finally:
             case.doCleanups()
-    for name, found in wrong.items():
-        print("stress: %s: %s" % (name, str(found)[:500]))
-    print("stress: %s" % ("FAILED" if wrong else "nothing lost, nothing twice, nothing grew"))
-    return int(bool(wrong))
+    return told("stress", wrong, "nothing lost, nothing twice, nothing grew")
 
 
 if __name__ == "__main__":
