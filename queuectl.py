@@ -219,7 +219,8 @@ def plural(count, noun):
     return "%d %s%s" % (count, noun, "" if count == 1 else "s")
 
 
-compact = json.JSONEncoder(separators=(",", ":")).encode  # a value as JSON in one ASCII line
+# A value as JSON in one ASCII line. repr: another program may have put bytes into a row of ours.
+compact = json.JSONEncoder(separators=(",", ":"), default=repr).encode
 
 
 # ---- Errors -------------------------------------------------------------------------------------
@@ -757,16 +758,20 @@ def adopted(job, settings, now):
         timeout=number(job.timeout, 0, MAX_MS, settings["timeout"]),
         priority=number(job.priority, -1000, 1000, 0), due=None, ready=None,
         own=number(job.own, 0, 7, 0), runs=number(job.runs, 0, 1 << 30, 0),
+        exit_code=number(job.exit_code, 0, 255, None),
         created_at=job.created_at or stamp, updated_at=job.updated_at or stamp,
         run_after=job.run_after or stamp)
-    for field, check in ADOPTED:
+    wrong = None
+    for field, check in ADOPTED:  # all of them: nothing is left that couldn't be shown
         value = getattr(job, field)
         try:
-            job = job._replace(**{field: None if value is None else check(value)})
+            value = None if value is None else check(value)
         except (ValueError, TypeError, RecursionError) as error:
-            job = job._replace(**{field: escaped(value) if field in ("command", "state") else None})
-            return job._replace(state="dead", error="field %s %s" % (field, error),
-                                finished_at=stamp)
+            wrong = wrong or "field %s %s" % (field, error)
+            value = escaped(value) if field in ("command", "state") else None
+        job = job._replace(**{field: value})
+    if wrong:
+        return job._replace(state="dead", error=wrong, finished_at=stamp)
     if job.state in FINISHED:
         return job._replace(finished_at=job.finished_at or job.updated_at)
     return job.waiting(parse_date(job.run_after), now)._replace(finished_at=None)
@@ -4467,7 +4472,7 @@ def diagnose(queue, db):
 # shell wants; the rest is for people, on stderr.
 
 def indented(value):
-    return json.dumps(value, indent=2)
+    return json.dumps(value, indent=2, default=repr)
 
 
 def json_lines(pages, _columns):

@@ -351,6 +351,11 @@ class JobsTest(Case):
                                          "finished_at": STAMP, "due": None, "ready": None}),
                 ({"created_at": 2026}, {"state": "dead", "error": "field created_at " + date}),
                 ({"locked_at": "x"}, {"state": "dead", "error": "field locked_at " + date}),
+                ({"created_at": "x", "updated_at": "2026-01-15 10:00:00", "run_after": b"\0",
+                  "cwd": b"/", "env": "x", "unique": 5, "command": b"x", "exit_code": b"0"},
+                 {"state": "dead", "error": "field created_at " + date, "created_at": None,
+                  "updated_at": "2026-01-15T10:00:00.000Z", "run_after": None, "cwd": None,
+                  "env": None, "unique": None, "command": "b'x'", "exit_code": None}),
                 ({"state": "waiting"}, {"state": "dead", "error": "field state must be one of "
                                         "pending, processing, completed, failed, dead"}),
                 ({"command": b"\xff"}, {"state": "dead", "error": "field command must be text"}),
@@ -1861,6 +1866,17 @@ class DaemonTest(QueueCase):
         dead, = self.jobs("dead")
         self.assertIn("run_after", dead["error"])
         self.assertTrue(dead["id"])
+
+    def test_bytes_in_a_row_of_another_program_end_no_daemon(self):
+        self.daemon()
+        self.rows("INSERT INTO jobs (id, command, created_at, run_after)"
+                  " VALUES ('theirs', 'true', 'never', X'00')")
+        self.wait_for("dead")
+        self.assertIn("created_at", self.show("theirs", "error")[0])
+        self.rows("UPDATE jobs SET updated_at = X'00'")
+        for listed in (("list",), ("list", "--format", "jsonl"), ("show", "theirs")):
+            self.assertIn('"theirs"', self.prints(*listed))
+        self.ok("daemon", "status")
 
     def test_states_set_by_another_program_are_heeded(self):
         for job in "abc":
