@@ -379,6 +379,14 @@ def private_directory(path):
         raise Failure("%s can be written by others; run: chmod go-w %s" % (safe(path), safe(path)))
 
 
+def private_directories(path):
+    """The same, with what is missing above it."""
+    above = os.path.dirname(path)
+    if not os.path.isdir(above):
+        private_directories(above)
+    private_directory(path)
+
+
 def check_folder(folder):
     """Refuse a directory that is missing, or where others could meddle with root's files."""
     try:
@@ -4125,8 +4133,7 @@ def make_default_folder(place):
     folder = os.path.dirname(place.db)
     if not place.db_given and not os.path.isdir(folder):
         try:
-            os.makedirs(os.path.dirname(folder), exist_ok=True)
-            private_directory(folder)
+            private_directories(folder)
         except OSError as error:
             raise Failure("can't make %s: %s; give a --db" % (safe(folder), error.strerror))
 

@@ -204,6 +204,15 @@ class FilesTest(Case):
                 self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o700)
                 os.rmdir(self.path)
 
+    def test_the_default_directory_and_what_it_lacks_above_are_0700_whatever_the_umask(self):
+        place = queuectl.Place(self.base + "/a/b/queuectl.db", False, "", False)
+        for mask in (0o000, 0o777):
+            with self.subTest(umask=oct(mask)), umask(mask):
+                queuectl.make_default_folder(place)
+                for folder in ("/a/b", "/a"):
+                    self.assertEqual(stat.S_IMODE(os.stat(self.base + folder).st_mode), 0o700)
+                    os.rmdir(self.base + folder)
+
     def test_private_directory_refuses_what_was_planted(self):
         os.symlink(self.base, self.path)
         self.refused("not a directory of yours", queuectl.private_directory, self.path)
