@@ -2726,6 +2726,12 @@ def reply(message, **more):
     return dict(success=True, message=message, **more)
 
 
+def versions(request):
+    """Both sides' versions, for those that don't understand each other."""
+    return "daemon: queuectl %s, request: %s" % (
+        VERSION, safe(str(request.get("version", "unversioned"))[:20]))
+
+
 def resolve(request):
     """The Call that a request stands for; Failure when it makes none."""
     command, option = request["command"], request.get("option") or None
@@ -2735,9 +2741,8 @@ def resolve(request):
     try:
         found = OPERATIONS[command, option]
     except (KeyError, TypeError):
-        raise Failure("unknown command %s (daemon: queuectl %s, request: %s); known are %s" % (
-            safe(compact([command, option])[:80]), VERSION,
-            safe(str(request.get("version", "unversioned"))[:20]),
+        raise Failure("unknown command %s (%s); known are %s" % (
+            safe(compact([command, option])[:80]), versions(request),
             ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
     if flag is not None:
         arguments = {str(flag).lstrip("-").replace("-", "_"): value}
@@ -2747,8 +2752,9 @@ def resolve(request):
         arguments = {} if value is None else {found.bare: value}
     for name in arguments:
         if name not in found.names:
-            raise Failure("%s takes no %s" % (command, "value" if name is None else
-                                              "argument " + safe(str(name)[:80])))
+            raise Failure("%s takes no %s (%s)" % (
+                command, "value" if name is None else "argument " + safe(str(name)[:80]),
+                versions(request)))
     return Call(found, arguments, request.get("once"))
 
 

@@ -1312,6 +1312,17 @@ class OperationsTest(StoreCase):
                 answer = self.request(**request)
                 self.assertEqual((answer["success"], answer["message"]), (True, message))
 
+    def test_what_another_version_asks_for_in_vain_is_answered_with_both_versions(self):
+        for request in ({"command": "fly"}, {"command": "status", "value": {"colour": 1}},
+                        {"command": "show", "flag": "--colour", "value": "x"}):
+            for version in ({}, {"version": "9.9"}):
+                with self.subTest(request=request, version=version), \
+                        self.assertRaises(queuectl.Failure) as caught:
+                    queuectl.resolve(dict(request, **version))
+                self.assertIn("(daemon: queuectl %s, request: %s)" % (
+                    queuectl.VERSION, version.get("version", "unversioned")),
+                    str(caught.exception))
+
     def test_bad_arguments_get_a_clear_error(self):
         for command, option, value, words in (
                 ("fly", None, None, "unknown command"), ("list", "all", None, "unknown command"),
