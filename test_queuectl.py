@@ -1720,6 +1720,36 @@ class DaemonTest(QueueCase):
         self.ok("worker", "start")
         wait_until(lambda: self.ok("status")["workers"] == 2, "there are two")
 
+    def test_a_stderr_that_nobody_empties_stops_nothing(self):
+        ours, theirs = os.pipe()
+        self.addCleanup(os.close, ours)
+        os.set_blocking(theirs, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(theirs, b"x" * 512)
+        os.set_blocking(theirs, True)
+        daemon = subprocess.Popen([sys.executable, SCRIPT, "daemon", "--workers", "1"],
+                                  env=self.env, stdout=subprocess.PIPE, stderr=theirs)
+        os.close(theirs)
+        self.daemons.append(daemon)
+        ready, _, _ = select.select([daemon.stdout], [], [], 10)
+        self.assertTrue(ready)
+        self.enqueue("false", max_retries=1)
+        wait_until(lambda: "job dead" in self.read("q.db.log"), "the log tells")
+        self.ok("daemon", "stop")
+
+    def test_a_stop_waits_for_the_lock_whatever_proc_says_of_the_pid(self):
+        # "": no /proc; the other: in another container that number is a process that stays.
+        for started in ("", "another"):
+            self.daemon("--workers", "1")
+            job_id = self.enqueue("sleep 0.5")
+            wait_until(lambda: self.job(job_id)["state"] == "processing", "it runs")
+            with self.subTest(started=started), \
+                    mock.patch("queuectl.process_start", return_value=started):
+                self.ok("daemon", "stop")
+                self.assertEqual(self.rows("SELECT state FROM jobs WHERE id = ?", job_id),
+                                 [("completed",)])
+
     def test_the_socket_is_private_and_a_stale_one_is_replaced(self):
         first = self.daemon()
         self.assertEqual(os.stat(self.sock).st_mode & 0o777, 0o600)
