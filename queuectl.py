@@ -5832,11 +5832,11 @@ def prepare_stdio():
     """Open descriptors 0 to 2, or the lock could become one of them; write UTF-8 whatever the
     locale."""
     import io
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            break
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # becomes this very one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
@@ -5903,13 +5903,14 @@ def leave(status):
 
 
 if __name__ == "__main__":
-    prepare_stdio()
+    code = 3 if is_check(sys.argv[1:]) else 1
     try:
+        prepare_stdio()
         code = main(sys.argv[1:])
     except SystemExit as end:  # argparse, after --help and --version
         code = end.code
     except BaseException:
         import traceback
         traceback.print_exc()
-        code = 3 if is_check(sys.argv[1:]) else 1
-    leave(code)
+    finally:
+        leave(code)  # also where there is no memory for a traceback

@@ -1683,6 +1683,46 @@ class CommandsTest(QueueCase):
         self.assertIn("\\u00e9", out.decode())
         self.assertEqual(self.rows("SELECT id, command FROM jobs"), [("caf\u00e9", "echo \u00e9")])
 
+    def test_a_queue_may_have_any_path_in_any_locale(self):
+        env = dict(self.env, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        env.pop("DB_PATH")
+        for name in (b"caf\xc3\xa9", b"caf\xe9", b"a %20?#'\"\n"):
+            folder = os.fsencode(self.dir) + b"/" + name
+            try:
+                os.mkdir(folder)
+            except OSError:
+                self.skipTest("a file system that wants UTF-8")
+            with self.subTest(name=name):
+                self.assertEqual(subprocess.check_output(
+                    [sys.executable, SCRIPT, b"--db", folder + b"/q.db", "run", "--", "pwd"],
+                    env=env, cwd=folder, stderr=subprocess.DEVNULL), folder + b"\n")
+                subprocess.check_output(
+                    [sys.executable, SCRIPT, b"--db", b"q.db", "backup", b"copy-" + name], env=env,
+                    cwd=folder)
+                self.assertIn(b"copy-" + name, os.listdir(folder))
+
+    def patched(self, code, *args):
+        """(exit status, stdout) of a command in a process that has run `code` before."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import os, runpy, sys\n%s\nrunpy.run_path(sys.argv[0],"
+             " run_name='__main__')" % code.replace("SCRIPT", repr(SCRIPT))] + list(args),
+            env=self.env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        out = process.communicate()[0]
+        return process.returncode, out
+
+    def test_who_has_open_descriptors_needs_no_dev_null(self):
+        code, out = self.patched("os.devnull = '/dev/none'; sys.argv[0] = SCRIPT", "config", "list")
+        self.assertEqual(code, 0)
+        self.assertIn(b"max-retries", out)
+
+    def test_without_memory_for_a_traceback_it_ends_all_the_same(self):
+        self.assertEqual(self.patched(
+            "import argparse, atexit, traceback\n"
+            "def fail(*args, **options): raise MemoryError\n"
+            "argparse.ArgumentParser.parse_known_args = traceback.print_exc = fail\n"
+            "atexit.register(print, 'would wait for workers'); sys.argv[0] = SCRIPT", "status"),
+            (1, b""))
+
     def test_twenty_enqueues_at_once_all_find_the_lock(self):
         script = "for i in $(seq 20); do %s %s enqueue '{\"command\":\"true\"}' & done; wait" % (
             sys.executable, SCRIPT)
