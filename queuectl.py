@@ -3871,18 +3871,19 @@ class Daemon:
                 notify(text)
 
     def reopen_socket(self):
-        """Someone removed our socket: listen anew, unless another's is there."""
-        old, there = self.server, knock(self.sock)
+        """Someone removed our socket: listen anew, as at the start."""
+        old, path = self.server, self.sock
         try:
-            if there is not None:
-                raise Failure("something else is there (%s)" % there)
-            self.open_socket()
+            self.listen()
+            if self.sock != path:
+                self.lock.write(self.kind, self.sock, self.store.known)
+                self.log("something else is at %s: listens at %s" % (path, self.sock))
         except (OSError, Failure) as error:
             self.log("can't listen again at %s: %s" % (
                 self.sock, getattr(error, "strerror", None) or error), every_s=60)
-            return
-        self.loop.remove(old.socket)
-        old.server_close()
+        if self.server is not old:
+            self.loop.remove(old.socket)
+            old.server_close()
 
     def turn(self, now):
         """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""

@@ -3158,6 +3158,32 @@ class SecurityTest(FaultCase):
             self.assertEqual(self.ok("daemon", "status")["socket"], self.db + ".sock")
         self.assertEqual(os.lstat(path).st_uid, 65534)
 
+    def test_a_default_socket_squatted_later_moves_the_daemon_too(self):
+        path = self.open_folder("tmp") + "/s"
+        del self.env["SOCKET_PATH"]
+        self.driven("queuectl.DEFAULT_SOCKET = %r" % path)
+        with mock.patch("queuectl.DEFAULT_SOCKET", path):
+            as_nobody("os.unlink(sys.argv[1]); s.bind(sys.argv[1])", path)
+            wait_until(lambda: os.path.exists(self.db + ".sock"), "it listens elsewhere")
+            wait_until(lambda: self.db + ".sock" in self.read("q.db.lock"), "the lock tells")
+            self.assertEqual(self.ok("daemon", "status")["socket"], self.db + ".sock")
+        self.assertEqual(os.lstat(path).st_uid, 65534)
+
+    def test_a_link_that_another_user_planted_leads_to_no_database(self):
+        shared, target = self.open_folder("tmp"), self.path("target")
+        os.chmod(shared, 0o1777)
+        for link, tail in ((shared + "/q.db", "/q.db"), (shared + "/d", "")):
+            os.symlink(target + tail, link)
+            os.lchown(link, 65534, 65534)
+        os.mkdir(target)
+        os.symlink(target, shared + "/mine")
+        for name in ("/q.db", "/d/q.db"):
+            with self.subTest(name=name):
+                self.assertIn("is a symbolic link of another user (uid 65534)",
+                              self.refused("--db", shared + name, "enqueue", "--", "true"))
+        self.assertEqual(os.listdir(target), [])
+        self.ok("--db", shared + "/mine/q.db", "enqueue", "--", "true")
+
     def test_roots_client_tells_another_users_server_nothing(self):
         path = self.env["SOCKET_PATH"] = self.open_folder("tmp") + "/s"
         self.daemon()
