@@ -453,7 +453,8 @@ def process_start(pid):
             return ""
     import subprocess
     try:
-        return subprocess.check_output(["ps", "-o", "lstart=", "-p", str(pid)]).decode().strip()
+        return subprocess.check_output(["ps", "-o", "lstart=", "-p", str(pid)],
+                                       stderr=subprocess.DEVNULL).decode().strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -3163,7 +3164,7 @@ def op_daemon_stop(context, grace=None):
     if grace is not None:
         grace = checked("grace", as_ms, grace)
     context.daemon.stop(grace)
-    return reply("Daemon stopping", pid=os.getpid())
+    return reply("Daemon stopping", pid=os.getpid(), db=context.store.path)
 
 
 KINDS = ("run", "drain", "daemon")  # of daemons: each gives way to those after it
@@ -3302,6 +3303,14 @@ class Lock:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+
+def is_held_by(pid, path):
+    """Whether the lock at `path` is held, and by the process that signed as `pid`: true in any
+    container, with or without /proc."""
+    with contextlib.suppress(OSError):
+        return bool(is_locked(path)) and unpad(read_at(path, 0, LOCK_BYTES)[0]).get("pid") == pid
+    return False
 
 
 def take_lock(lock, kind):
@@ -5158,10 +5167,13 @@ def cmd_daemon(queue, args):
             examples=("daemon stop", "daemon stop --grace 30s"))
 def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone."""
-    pid = queue.call("daemon", "stop", grace=args.grace)["pid"]
-    started, hint = process_start(pid), Hint()
-    while started and process_start(pid) == started:
+    answer = queue.call("daemon", "stop", grace=args.grace)
+    started, hint = process_start(answer["pid"]), Hint()
+    while is_held_by(answer["pid"], queue.place.db + ".lock"):
         hint("running jobs; Ctrl-C ends only the waiting")
+        time.sleep(0.02)
+    gone_by = monotonic() + 1  # at once, but in another container that number may be anyone's
+    while started and process_start(answer["pid"]) == started and monotonic() < gone_by:
         time.sleep(0.02)
     print_line(reply("Stopped daemon"))
 
