@@ -1866,6 +1866,17 @@ def job_environment(order):
     return None
 
 
+def bury_strangers(ours):
+    """Reap ended children but for `ours`: process 1 of a container is given those that jobs left
+    in the background, and nobody else does it."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None or ended.si_pid in ours:
+                return
+            os.waitpid(ended.si_pid, 0)
+
+
 class Attempt:
     """One run of one command, on its worker's side.
 
@@ -2575,7 +2586,9 @@ class Pool:
         self.uneven = True
 
     def reap(self):
-        self.context.active_children()  # joins those that have ended
+        ours = {child.pid for child in self.context.active_children()}  # joins those that ended
+        if os.getpid() == 1:
+            bury_strangers(ours)
 
     # -- what they do
 

@@ -3426,6 +3426,23 @@ queuectl.now_ms = lambda: real() + %d * 86400000 * os.path.exists(%r)"""
 class OrphanTest(FaultCase):
     """The daemon's death is not the workers'."""
 
+    @unittest.skipIf(os.geteuid() or not shutil.which("unshare"), "needs root and unshare")
+    def test_process_1_of_a_container_buries_what_jobs_left(self):
+        daemon = self.started(["unshare", "--pid", "--fork", "--mount-proc", sys.executable,
+                               SCRIPT, "daemon", "--workers", "1"])
+        self.enqueue("sleep 0.1 & sleep 0.1 & true", id="leaves")
+        self.wait_for("completed")
+        first, = [pid for pid in processes_of(self.dir) if parent(pid) == daemon.pid]
+
+        def children():
+            """[state] of the children of process 1, its worker among them."""
+            return [line.split()[1] for line in subprocess.check_output(
+                ["ps", "-e", "-o", "ppid=,state="]).decode().splitlines()
+                if int(line.split()[0]) == first]
+        wait_until(lambda: len(children()) == 1, "only the worker is left")
+        self.enqueue("true", id="after")
+        self.wait_for("completed", 2)
+
     def running(self):
         """(daemon, its busy worker) with a job that runs until the gate opens."""
         daemon = self.daemon("--workers", "1")
