@@ -399,16 +399,16 @@ def check_folder(folder):
                       % safe(folder))
 
 
-def file_system(folder, table="/proc/self/mountinfo"):
-    """The type of the file system that `folder` is on ("" where the system doesn't say)."""
+def mount_of(path, table="/proc/self/mountinfo"):
+    """(mount point, type) of the file system that `path` is on; "" where the system doesn't say."""
     best = ("", "")
     with contextlib.suppress(OSError), open(table, errors="surrogateescape") as mounts:
         for line in mounts:
             left, _, right = line.partition(" - ")
             point = re.sub(r"\\(\d{3})", lambda m: chr(int(m.group(1), 8)), left.split()[4])
-            if (folder + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
+            if (path + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
                 best = (point, right.split()[0])
-    return best[1]
+    return best
 
 
 def check_database(path):
@@ -417,7 +417,10 @@ def check_database(path):
         with contextlib.suppress(FileNotFoundError):
             check_regular(name, os.lstat(name))
     folder = os.path.dirname(path)
-    kind = file_system(folder)
+    point, kind = mount_of(path)
+    if point == path:
+        raise Failure("%s is mounted alone, so its lock and its -wal stay behind; mount its"
+                      " directory" % safe(path))
     if re.match(r"nfs|cifs|smb|9p|afs|ceph|gluster|lustre|ncp|fuse\.(ssh|gluster|ceph|s3|rclone)",
                 kind):
         raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
@@ -4497,7 +4500,7 @@ def diagnose(queue, db):
     while not place.db_given and not os.path.isdir(folder):
         folder = os.path.dirname(folder)  # made when it is needed
     note("directory", look_at_folder, folder)
-    note("file system", lambda: check_database(folder + "/-") or file_system(folder) or "unknown")
+    note("file system", lambda: check_database(folder + "/-") or mount_of(folder)[1] or "unknown")
     note("disk", look_at_disk, folder)
     for name in ("", "-wal", "-shm", ".lock", ".log", "-run"):
         note("file DB" + name, look_at_file, db + name, 0o700 if name == "-run" else 0o600)

@@ -231,20 +231,39 @@ class FilesTest(Case):
                         "23 22 0:6 / /srv/my\\040data/inner rw - xfs /dev/sdb rw\n"
                         "24 21 0:7 / /over rw - xfs /dev/sdc rw\n"
                         "25 21 0:8 / /over rw - fuse.sshfs host: rw\n")
-        self.table(lambda folder: queuectl.file_system(folder, self.path), ("/", "ext4"),
+        self.table(lambda folder: queuectl.mount_of(folder, self.path)[1], ("/", "ext4"),
                    ("/srv", "ext4"), ("/srv/my data", "nfs4"), ("/srv/my data/a/b", "nfs4"),
                    ("/srv/my database", "ext4"), ("/srv/my data/inner/x", "xfs"),
                    ("/over/x", "fuse.sshfs"))
-        self.assertEqual(queuectl.file_system("/", self.base + "/none"), "")
+        self.assertEqual(queuectl.mount_of("/", self.base + "/none"), ("", ""))
 
     def test_a_database_on_a_network_file_system_is_refused(self):
         for kind, bad in (("ext4", False), ("fuse.ext4", False), ("", False), ("nfs4", True),
                           ("cifs", True), ("9p", True), ("fuse.sshfs", True)):
-            with self.subTest(kind=kind), mock.patch("queuectl.file_system", return_value=kind):
+            with self.subTest(kind=kind), mock.patch(
+                    "queuectl.mount_of", return_value=("/", kind)):
                 if bad:
                     self.refused("(%s)" % kind, queuectl.check_database, self.path)
                 else:
                     queuectl.check_database(self.path)
+
+    def test_a_database_that_is_mounted_without_its_directory_is_refused(self):
+        with mock.patch("queuectl.mount_of", return_value=(self.path, "ext4")):
+            self.refused("is mounted alone", queuectl.check_database, self.path)
+
+    def test_without_a_home_the_default_database_depends_on_no_current_directory(self):
+        for environ in ({}, {"HOME": ""}, {"HOME": "here"}):
+            with self.subTest(environ=environ), mock.patch.dict(os.environ, environ, clear=True), \
+                    mock.patch("os.getuid", return_value=1 << 30), \
+                    mock.patch("os.geteuid", return_value=1 << 30):
+                self.assertTrue(os.path.isabs(queuectl.default_db()))
+
+    def test_a_lock_file_that_cannot_be_signed_for_want_of_space_says_so(self):
+        lock = queuectl.Lock(self.path)
+        self.assertTrue(lock.take())
+        self.addCleanup(lock.release)
+        with mock.patch("os.pwrite", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            self.refused("no space left for " + self.path, lock.write, "command", None, None)
 
     def test_a_file_planted_beside_the_database_is_refused(self):
         for suffix in ("", "-wal", "-shm", "-journal"):
@@ -4055,7 +4074,7 @@ class DoctorTest(QueueCase):
 
     def test_places_where_no_queue_should_be_are_found(self):
         self.enqueue("true")
-        with mock.patch("queuectl.file_system", return_value="nfs4"):
+        with mock.patch("queuectl.mount_of", return_value=("/", "nfs4")):
             self.finds("file system", "network file system (nfs4)", "--db on a local disk")
         room = os.statvfs(self.dir)
         for values in ({"f_bavail": 10, "f_frsize": 4096}, {"f_favail": 0}):
