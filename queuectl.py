@@ -290,7 +290,9 @@ def storage_error(path, error):
             ("malformed", "%s is corrupt; restore a backup, or save what is left with:"
                           " sqlite3 FILE .recover"),
             ("no such", "%s is not a queue's database: another program changed it"),
-            ("disk I/O", "%s can't be read or written; look at the kernel's log")):
+            ("No space", "no space left for %s; free some and try again"),
+            ("disk I/O", "%s can't be read or written; its disk is full, or look at the kernel's"
+                         " log")):
         if words in text:
             kind = Busy if words == "locked" else StorageError
             return kind((advice % path) + " (%s)" % text)
@@ -3312,8 +3314,12 @@ class Lock:
         return unpad(os.pread(self.fd, LOCK_BYTES, 0))
 
     def write(self, kind, sock, identity):
-        os.pwrite(self.fd, pad({"pid": os.getpid(), "kind": kind, "socket": sock,
-                                "identity": identity}, LOCK_BYTES), 0)
+        text = pad({"pid": os.getpid(), "kind": kind, "socket": sock, "identity": identity},
+                   LOCK_BYTES)
+        try:
+            os.pwrite(self.fd, text, 0)
+        except OSError as error:
+            raise storage_error(self.path, error)
 
     def release(self):
         if self.fd is not None:
