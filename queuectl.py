@@ -215,6 +215,19 @@ def safe(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def utf8(argument):
+    """An argument as the user typed it: with the C locale 3.6 makes surrogates of é."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return argument
+
+
+def os_path(text):
+    """The same the other way: a path as the OS is told it."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 def plural(count, noun):
     return "%d %s%s" % (count, noun, "" if count == 1 else "s")
 
@@ -999,6 +1012,11 @@ def marks(values):
     return ", ".join("?" * len(values))
 
 
+def sqlite_uri(path):
+    """How SQLite is told any path: Python 3.6 gives it no other bytes than UTF-8."""
+    return "file:" + "".join(map("%%%02x".__mod__, os.fsencode(path)))
+
+
 class Store:
     """The database at `path` (":memory:": an empty one). One connection, one thread.
 
@@ -1025,7 +1043,9 @@ class Store:
         if self.path != ":memory:":
             self.guard()
         try:
-            self.connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+            self.connection = sqlite3.connect(
+                self.path if self.path == ":memory:" else sqlite_uri(self.path),
+                timeout=BUSY_S, isolation_level=None, uri=True)
             self.synchronous = None
             version = self.identify()
             # A new file's: a turn of the loop touches a dozen pages, each written whole.
@@ -1596,9 +1616,8 @@ def beside(path, target=":memory:", mode="ro"):
     it needs no lock, since WAL lets one read while another writes, and never checkpoints. For a
     process of its own, never the daemon: to close a file there would drop SQLite's locks on it."""
     import sqlite3
-    from urllib.parse import quote
-    into, source = ("file:" + quote(os.fsencode(name)) for name in (target, path))
-    source += "?mode=" + mode
+    into = target if target == ":memory:" else sqlite_uri(target)
+    source = sqlite_uri(path) + "?mode=" + mode
 
     def connect(uri):
         return contextlib.closing(
@@ -1916,7 +1935,7 @@ class Attempt:
             self.spawn()
         except OSError as error:
             place = os.fsdecode(error.filename or "")
-            there = place == self.order["cwd"]
+            there = place == os_path(self.order["cwd"])
             place = place and (" in " if there else " ") + safe(place)
             own_fault = error.errno not in UNSTARTED or there and error.errno == errno.EIO
             self.finish("refused" if own_fault else "unstarted",
@@ -1939,8 +1958,8 @@ class Attempt:
             self.process = subprocess.Popen(
                 [word.encode() for word in order["shell"]] + [order["command"].encode()],
                 stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-                cwd=order["cwd"].encode(), env=job_environment(order), pass_fds=(self.file,),
-                start_new_session=True)
+                cwd=os.fsencode(os_path(order["cwd"])), env=job_environment(order),
+                pass_fds=(self.file,), start_new_session=True)
         finally:
             os.close(theirs)
 
@@ -3347,7 +3366,7 @@ def take_lock(lock, kind):
         serves = holder not in (None, "command") and process_start(text.get("pid") or 0)
         if serves and holder in KINDS and KINDS.index(holder) < KINDS.index(kind):
             with contextlib.suppress(Failure, TypeError):  # it has no socket yet
-                ask(text["socket"], {"command": "daemon", "option": "yield", "db": lock.db,
+                ask(text["socket"], {"command": "daemon", "option": "yield", "db": utf8(lock.db),
                                      "flag": "kind", "value": kind}, 2)
         elif serves and (holder == "daemon" or kind == "run"):
             deadline = 0
@@ -4096,7 +4115,7 @@ class Daemon:
         self.commands += 1
         try:
             request = parse_request(data)
-            if request.get("db") not in (None, self.db):
+            if request.get("db") not in (None, utf8(self.db)):
                 raise Failure("the daemon at %s serves %s, not %s" % (
                     safe(self.sock), safe(self.db), safe(str(request["db"]))))
             call = resolve(request)
@@ -4222,11 +4241,11 @@ class Queue:
         if self.by_socket():
             answer = patiently(lambda: self.ask_at_socket(request), Unreachable)
         else:
-            answer = self.ask_queue(dict(request, db=self.place.db))
+            answer = self.ask_queue(dict(request, db=utf8(self.place.db)))
         if answer.get("success") is True:
             self.note = silent
             if isinstance(answer.get("db"), str):  # a temporary daemon may be gone the next time
-                self.place = self.place._replace(db=answer["db"], db_given=True)
+                self.place = self.place._replace(db=os_path(answer["db"]), db_given=True)
             return answer
         details = {key: value for key, value in answer.items() if key not in ("success", "message")}
         message = str(answer.get("message"))
@@ -4274,6 +4293,7 @@ class Queue:
         path = holder.get("socket")
         if not isinstance(path, str):
             raise Unreachable("it is no daemon")
+        path = os_path(path)
         if self.place.socket_given and path != self.place.socket:
             raise Failure("the daemon of %s listens at %s, not at %s; leave out --socket and"
                           " SOCKET_PATH" % (safe(self.place.db), safe(path),
@@ -4330,7 +4350,7 @@ class Queue:
             return None
         try:
             about = ask(DEFAULT_SOCKET, {"command": "daemon", "option": "status"}, 2)["message"]
-            if about["db"] == self.place.db:
+            if os_path(about["db"]) == self.place.db:
                 return None
         except (Failure, KeyError, TypeError):
             return None
@@ -4346,7 +4366,7 @@ class Queue:
     def database(self):
         """Its path, for who only reads it: where just a socket was given the daemon there tells."""
         if self.by_socket():
-            return self.call("daemon", "status")["message"]["db"]
+            return os_path(self.call("daemon", "status")["message"]["db"])
         return self.place.db
 
 
@@ -4459,7 +4479,7 @@ def look_at_socket(path, given, served):
 def look_at_daemon(db, path):
     if not path:
         return "none runs"
-    about = ask(path, {"command": "daemon", "option": "status", "db": db}, 5).get("message")
+    about = ask(path, {"command": "daemon", "option": "status", "db": utf8(db)}, 5).get("message")
     if not isinstance(about, dict) or about.get("version") != VERSION:
         raise Failure("the daemon at %s is of another version: %s; restart it: daemon stop, worker"
                       " start" % (path, about))
@@ -4944,7 +4964,8 @@ JOB_FLAGS = (
         help="not before: 2026-01-15T10:30:00Z"),
     arg("--timeout", type=duration_flag, metavar="DUR", help="longest run of an attempt, 0s: none"),
     arg("--max-retries", type=int, metavar="N", help="attempts in all"),
-    arg("--cwd", type=os.path.abspath, metavar="DIR", help="where it runs (default: here)"),
+    arg("--cwd", type=lambda text: utf8(os.path.abspath(os_path(text))), metavar="DIR",
+        help="where it runs (default: here)"),
     arg("--env", action="append", nargs="+", metavar="K=V", help="added to its environment"),
     arg("--unique", metavar="KEY", help="store nothing while an unfinished job has this key"))
 QUIET = arg("-q", "--quiet", action="store_true", help="print ids only")
@@ -5062,7 +5083,7 @@ def watching():
 def working_directory():
     """The directory a job runs in unless it says so itself."""
     try:
-        path = os.getcwd()
+        path = utf8(os.getcwd())
         path.encode()
         return path
     except (OSError, UnicodeEncodeError):
@@ -5711,7 +5732,7 @@ def cmd_backup(queue, args):
     if not os.path.exists(path):
         raise Failure("no queue at %s; name it with --db" % safe(path))
     signal.signal(signal.SIGTERM, terminate)  # so that no half of it is left
-    count = back_up(path, os.path.abspath(args.file))
+    count = back_up(path, os.path.abspath(os_path(args.file)))
     print_line(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
 
 
@@ -5879,14 +5900,6 @@ def prepare_stdio():
                                                 line_buffering=name == "stderr"))
         elif stream is None:
             setattr(sys, name, open(os.devnull, "w"))
-
-
-def utf8(argument):
-    """An argument as the user typed it: with the C locale 3.6 makes surrogates of é."""
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except UnicodeDecodeError:
-        return argument
 
 
 def is_check(argv):
