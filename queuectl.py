@@ -383,6 +383,19 @@ def check_directory(path, status):
         raise Failure("%s is not a directory of yours; move it away" % safe(path))
 
 
+def check_links(path):
+    """Refuse a way that leads over a symbolic link which another user may have planted: one in a
+    directory where all may write, neither ours nor that directory's owner's."""
+    folder = os.path.dirname(path)
+    while path != folder:
+        if os.path.islink(path):
+            where, owner = os.stat(folder), os.lstat(path).st_uid
+            if where.st_mode & 0o002 and owner not in (os.geteuid(), where.st_uid):
+                raise Failure("%s is a symbolic link of another user (uid %d); use another --db"
+                              % (safe(path), owner))
+        path, folder = folder, os.path.dirname(folder)
+
+
 def private_directory(path):
     """Make `path` a directory of ours, 0700, or see that it is one nobody else can write."""
     with contextlib.suppress(FileExistsError):
@@ -4187,8 +4200,10 @@ def locate(db, sock, environ):
     """The Place that flags and environment name. An empty variable counts as unset."""
     db = db or environ.get("DB_PATH") or None
     sock = sock or environ.get("SOCKET_PATH") or None
-    place = Place(os.path.realpath(db or default_db()), db is not None,
-                  os.path.abspath(sock or DEFAULT_SOCKET), sock is not None)
+    path = os_path(db or default_db())
+    check_links(os.path.abspath(path))
+    place = Place(os.path.realpath(path), db is not None,
+                  os.path.abspath(os_path(sock or DEFAULT_SOCKET)), sock is not None)
     if os.path.isdir(place.db):
         raise Failure("%s is no file for a database; give another --db" % safe(place.db))
     check_socket_path(place.socket)
