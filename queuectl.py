@@ -4191,8 +4191,9 @@ def default_db():
     status = os.stat(folder)
     ours = status.st_uid == os.geteuid() and not others_can_write(status)
     if not ours or os.path.basename(folder) in ("bin", "sbin"):
+        # Joined to /, or without a home it would depend on the current directory.
         folder = ("/var/lib/queuectl" if os.geteuid() == 0
-                  else os.path.expanduser("~/.local/state/queuectl"))
+                  else os.path.join("/", os.path.expanduser("~/.local/state/queuectl")))
     return os.path.join(folder, "queuectl.db")
 
 
