@@ -361,12 +361,21 @@ def open_private(path, flags=os.O_RDWR | os.O_CREAT):
     return fd
 
 
-def others_can_write(status):
+def has_acl(path):
+    """Whether more users are named than the mode tells: it then shows their mask as the group."""
+    with contextlib.suppress(OSError, AttributeError):  # a system, or a disk, without them
+        return "system.posix_acl_access" in os.listxattr(path)
+    return False
+
+
+def others_can_write(path, status):
     """Whether someone else may write there; a primary group that bears the user's name may."""
     if status.st_mode & 0o002:
         return True
     if not status.st_mode & 0o020:
         return False
+    if has_acl(path):
+        return True
     import grp
     import pwd
     try:
@@ -403,7 +412,7 @@ def private_directory(path):
         os.chmod(path, 0o700)
     status = os.lstat(path)
     check_directory(path, status)
-    if others_can_write(status):
+    if others_can_write(path, status):
         raise Failure("%s can be written by others; run: chmod go-w %s" % (safe(path), safe(path)))
 
 
@@ -422,7 +431,7 @@ def check_folder(folder):
     except OSError as error:
         raise Failure("no directory %s (%s); make it, or give another --db"
                       % (safe(folder), error.strerror))
-    if os.geteuid() == 0 and (status.st_uid != 0 or others_can_write(status)):
+    if os.geteuid() == 0 and (status.st_uid != 0 or others_can_write(folder, status)):
         raise Failure("%s can be written by others than root; use a directory that can't"
                       % safe(folder))
 
@@ -1089,7 +1098,7 @@ class Store:
         if not status.st_mode & 0o200 or not os.access(self.path, os.W_OK):
             raise StorageError("%s is read-only; run: chmod u+w %s"
                                % (safe(self.path), safe(self.path)))
-        if os.geteuid() == 0 and others_can_write(status):
+        if os.geteuid() == 0 and others_can_write(self.path, status):
             raise StorageError("%s can be written by others; run: chmod 600 %s"
                                % (safe(self.path), safe(self.path)))
 
@@ -4189,7 +4198,7 @@ def default_db():
     """Beside this file if the directory is ours alone and no bin, else where state is kept."""
     folder = os.path.dirname(os.path.realpath(__file__))
     status = os.stat(folder)
-    ours = status.st_uid == os.geteuid() and not others_can_write(status)
+    ours = status.st_uid == os.geteuid() and not others_can_write(folder, status)
     if not ours or os.path.basename(folder) in ("bin", "sbin"):
         # Joined to /, or without a home it would depend on the current directory.
         folder = ("/var/lib/queuectl" if os.geteuid() == 0
@@ -4440,7 +4449,7 @@ def look_at_folder(folder):
     mode = os.stat(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Failure("%s can't be written; run: chmod u+rwx %s" % (folder, folder))
-    if others_can_write(mode) and not mode.st_mode & stat.S_ISVTX:
+    if others_can_write(folder, mode) and not mode.st_mode & stat.S_ISVTX:
         raise Failure("%s can be written by others; run: chmod go-w %s" % (folder, folder))
     return folder
 

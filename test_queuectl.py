@@ -3266,6 +3266,18 @@ class SecurityTest(FaultCase):
             os.chmod(path, before.st_mode & 0o777)
         self.assertEqual(len(self.jobs()), 1)
 
+    @unittest.skipUnless(hasattr(os, "setxattr"), "needs Linux")
+    def test_root_refuses_what_a_list_lets_another_user_write(self):
+        nobody = b"".join(struct.pack("<HHi", *entry) for entry in (
+            (1, 7, -1), (2, 7, 65534), (4, 0, -1), (16, 7, -1), (32, 0, -1)))
+        try:
+            os.setxattr(self.dir, "system.posix_acl_access", struct.pack("<I", 2) + nobody)
+        except OSError:
+            self.skipTest("a file system without access control lists")
+        self.assertIn("can be written by others than root", self.refused("enqueue", "--", "true"))
+        os.chmod(self.dir, 0o700)  # the mask: nobody may any more
+        self.ok("enqueue", "--", "true")
+
     def test_all_files_are_private_whatever_the_umask(self):
         for mask in (0o000, 0o077):
             folder = self.path("%03o" % mask)
