@@ -1956,9 +1956,11 @@ class Attempt:
             fcntl.flock(self.file, fcntl.LOCK_EX)
             self.spawn()
         except OSError as error:
-            place = os.fsdecode(error.filename or "")
+            place, spool = os.fsdecode(error.filename or ""), os.path.dirname(self.path)
+            if place == self.path:
+                place = spool  # a number would make each line of the log another
             there = place == os_path(self.order["cwd"])
-            place = place and (" in " if there else " ") + safe(place)
+            place = place and (" in " if there or place == spool else " ") + safe(place)
             own_fault = error.errno not in UNSTARTED or there and error.errno == errno.EIO
             self.finish("refused" if own_fault else "unstarted",
                         "can't start%s: %s" % (place, os.strerror(error.errno)))
@@ -3776,9 +3778,9 @@ class Daemon:
                 self.store.add_commands(self.commands)
             self.log("stopped")
             return 0
-        except Failure as error:
+        except Exception as error:
             if self.lock.fd is not None:
-                self.log("gives up: %s" % error)
+                self.log("gives up: %s" % (str(error) or repr(error)))
             raise
         finally:
             self.shut()
@@ -4447,6 +4449,9 @@ def look_at_queue(queue):
 def look_at_folder(folder):
     check_folder(folder)
     mode = os.stat(folder)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise Failure("%s is on a read-only file system; mount it for writing, or use another --db"
+                      % folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Failure("%s can't be written; run: chmod u+rwx %s" % (folder, folder))
     if others_can_write(folder, mode) and not mode.st_mode & stat.S_ISVTX:

@@ -1149,6 +1149,19 @@ class AttemptTest(Case):
                 self.assertEqual((run.over, self.notes[-1]["reason"], self.notes[-1]["detail"]),
                                  (True, "unstarted", "can't start: " + os.strerror(number)))
 
+    def test_want_of_room_for_run_files_is_told_in_the_same_words_each_time(self):
+        opened = os.open
+
+        def full(path, *args):
+            if os.path.basename(path).isdigit():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            return opened(path, *args)
+        with mock.patch("os.open", full):
+            self.assertEqual({self.start("true", cwd="/").path for _ in range(2)},
+                             {self.base + "/1", self.base + "/2"})
+        self.assertEqual([note["detail"] for note in self.notes if note["phase"] == "ended"],
+                         ["can't start in %s: %s" % (self.base, os.strerror(errno.ENOSPC))] * 2)
+
 
 class ProtocolTest(Case):
     def test_a_request_ends_with_a_newline_or_once_it_is_whole(self):
@@ -3324,6 +3337,11 @@ def set_limit(pid, name, soft):
 class StorageTest(FaultCase):
     """No space, no descriptors, a clock that jumps, signals that are ignored."""
 
+    def test_whatever_ends_the_daemon_stands_in_the_log(self):
+        self.driven("def turn(daemon, now): raise MemoryError\nqueuectl.Daemon.turn = turn",
+                    ready=False)
+        wait_until(lambda: "gives up: MemoryError()" in self.read("q.db.log"), "the log tells")
+
     def test_a_disk_that_takes_nothing_costs_neither_outcome_nor_retry(self):
         daemon = self.daemon("--workers", "2")
         self.enqueue(self.gate(), id="runs")
@@ -4089,12 +4107,15 @@ class DoctorTest(QueueCase):
         with mock.patch("queuectl.mount_of", return_value=("/", "nfs4")):
             self.finds("file system", "network file system (nfs4)", "--db on a local disk")
         room = os.statvfs(self.dir)
-        for values in ({"f_bavail": 10, "f_frsize": 4096}, {"f_favail": 0}):
+        for values, check, *words in (
+                ({"f_bavail": 10, "f_frsize": 4096}, "disk", "are free for " + self.dir, "free some"),
+                ({"f_favail": 0}, "disk", "are free for " + self.dir, "free some"),
+                ({"f_flag": os.ST_RDONLY}, "directory", "read-only file system", "for writing")):
             full = mock.Mock(**dict({name: getattr(room, name) for name in (
-                "f_bavail", "f_frsize", "f_files", "f_favail")}, **values))
+                "f_bavail", "f_frsize", "f_files", "f_favail", "f_flag")}, **values))
             if full.f_files:
                 with mock.patch("os.statvfs", return_value=full):
-                    self.finds("disk", "are free for " + self.dir, "free some")
+                    self.finds(check, *words)
         os.chmod(self.dir, 0o777)
         self.finds("directory", "can be written by others")
         os.chmod(self.dir, 0o700)
