@@ -1101,6 +1101,16 @@ class Store:
         if os.geteuid() == 0 and others_can_write(self.path, status):
             raise StorageError("%s can be written by others; run: chmod 600 %s"
                                % (safe(self.path), safe(self.path)))
+        if os.stat(os.path.dirname(self.path)).st_mode & 0o002:
+            self.hold_names()
+
+    def hold_names(self):
+        """Where all may write, nobody else shall make the files that SQLite is going to open."""
+        try:
+            for suffix in ("-wal", "-shm", "-journal"):
+                os.close(open_private(self.path + suffix))
+        except Failure as error:
+            raise StorageError(str(error))
 
     def foreign(self, what):
         return StorageError(

@@ -647,6 +647,25 @@ class StoreCase(Case):
 
 
 class StoreTest(StoreCase):
+    def test_where_all_may_write_no_name_is_left_for_others_to_plant(self):
+        folder, connect, found = self.folder(), sqlite3.connect, []
+        os.chmod(folder, 0o1777)
+        path = folder + "/q.db"
+        self.open_store(path).close()
+
+        def connected(*args, **options):
+            found.extend(stat.S_IMODE(os.lstat(path + suffix).st_mode)
+                         for suffix in ("-wal", "-shm", "-journal"))
+            return connect(*args, **options)
+        with mock.patch("sqlite3.connect", connected):
+            store = self.open_store(path)
+        self.assertEqual(found, [0o600] * 3)
+        with store.transaction():
+            store.insert([queuectl.make_job({"command": "true"}, DEFAULTS, NOW)])
+        self.assertEqual(store.counts()["pending"], 1)
+        with mock.patch("queuectl.open_private", side_effect=queuectl.Failure("full")):
+            self.refused("full", queuectl.Store, path, kind=queuectl.StorageError)
+
     def test_insert_makes_a_job_pending(self):
         self.add("a")
         self.add("later", run_after="2026-01-15T10:31:00Z")
