@@ -3494,10 +3494,12 @@ queuectl.now_ms = lambda: real() + %d * 86400000 * os.path.exists(%r)"""
 class OrphanTest(FaultCase):
     """The daemon's death is not the workers'."""
 
-    @unittest.skipIf(os.geteuid() or not shutil.which("unshare"), "needs root and unshare")
+    @unittest.skipUnless(shutil.which("unshare"), "needs unshare")
     def test_process_1_of_a_container_buries_what_jobs_left(self):
-        daemon = self.started(["unshare", "--pid", "--fork", "--mount-proc", sys.executable,
-                               SCRIPT, "daemon", "--workers", "1"])
+        container = ["unshare", "--pid", "--fork", "--mount-proc"]
+        if subprocess.call(container + ["true"], stderr=subprocess.DEVNULL):
+            self.skipTest("needs the right to make a container")
+        daemon = self.started(container + [sys.executable, SCRIPT, "daemon", "--workers", "1"])
         self.enqueue("sleep 0.1 & sleep 0.1 & true", id="leaves")
         self.wait_for("completed")
         first, = [pid for pid in processes_of(self.dir) if parent(pid) == daemon.pid]
