@@ -4960,18 +4960,19 @@ class Drawing:
 
 
 # ---- Commands -----------------------------------------------------------------------------------
-# One function a command, its arguments above it, its help in its docstring. Glue only.
+# One function a command, its arguments above it, its help and then its examples in its docstring.
+# Glue only.
 
-COMMANDS = {}  # "dlq retry" -> (function, arguments, examples)
+COMMANDS = {}  # "dlq retry" -> (function, arguments)
 
 
 def arg(*names, **options):
     return names, options
 
 
-def subcommand(name, *arguments, examples=()):
+def subcommand(name, *arguments):
     def register(function):
-        COMMANDS[name] = (function, arguments, examples)
+        COMMANDS[name] = (function, arguments)
         return function
     return register
 
@@ -5184,13 +5185,14 @@ def enqueue_lines(queue, args, fields):
         print_line(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
 
 
-@subcommand("enqueue", WHAT, *JOB_FLAGS, QUIET,
-            examples=("""enqueue '{"id":"hello","command":"echo Hello World"}'""",
-                      "enqueue --unique backup --timeout 2h -- tar -czf /srv/a.tgz /etc",
-                      "enqueue - <jobs.jsonl"))
+@subcommand("enqueue", WHAT, *JOB_FLAGS, QUIET)
 def cmd_enqueue(queue, args):
     """Store a job. It is on disk when this returns. As JSON its fields are: command (required),
-    id, priority, run_after, timeout, max_retries, cwd, env, unique; a flag wins over a field."""
+    id, priority, run_after, timeout, max_retries, cwd, env, unique; a flag wins over a field.
+
+    enqueue '{"id":"hello","command":"echo Hello World"}'
+    enqueue --unique backup --timeout 2h -- tar -czf /srv/a.tgz /etc
+    enqueue - <jobs.jsonl"""
     fields = job_fields(args)
     if args.job == "-":
         return enqueue_lines(queue, args, fields)
@@ -5226,11 +5228,14 @@ def announce(line):
                 help="how long a stop waits for running jobs, like 30s (default: as long as it"
                      " takes)"),
             arg("--detach", action="store_true", help="run in the background"),
-            arg("--only", help=argparse.SUPPRESS),  # how `run` has its job worked without a daemon
-            examples=("daemon --workers 2", "daemon --workers 4 --grace 60s"))
+            # how `run` has its job worked without a daemon.
+            arg("--only", help=argparse.SUPPRESS))
 def cmd_daemon(queue, args):
     """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running
-    jobs, exit; a second one stops them and gives their attempts back."""
+    jobs, exit; a second one stops them and gives their attempts back.
+
+    daemon --workers 2
+    daemon --workers 4 --grace 60s"""
     place = queue.place
     make_default_folder(place)
     if args.detach:
@@ -5246,10 +5251,12 @@ def cmd_daemon(queue, args):
 
 
 @subcommand("daemon stop", arg("--grace", type=duration_flag, metavar="DUR",
-                               help="stop jobs that still run after it"),
-            examples=("daemon stop", "daemon stop --grace 30s"))
+                               help="stop jobs that still run after it"))
 def cmd_daemon_stop(queue, args):
-    """Stop the daemon as SIGTERM does, and wait until it is gone."""
+    """Stop the daemon as SIGTERM does, and wait until it is gone.
+
+    daemon stop
+    daemon stop --grace 30s"""
     answer = queue.call("daemon", "stop", grace=args.grace)
     started, hint = process_start(answer["pid"]), Hint()
     while is_held_by(answer["pid"], queue.place.db + ".lock"):
@@ -5261,17 +5268,22 @@ def cmd_daemon_stop(queue, args):
     print_line(reply("Stopped daemon"))
 
 
-@subcommand("daemon status", examples=("daemon status", "--db /srv/q.db daemon status"))
+@subcommand("daemon status")
 def cmd_daemon_status(queue, args):
-    """Show the daemon's pid, version, paths and workers."""
+    """Show the daemon's pid, version, paths and workers.
+
+    daemon status
+    --db /srv/q.db daemon status"""
     printed(indented(queue.call("daemon", "status")["message"]))
 
 
 @subcommand("worker start", arg("--count", type=count_flag, default=1, metavar="N",
-                                help="how many (default 1)"),
-            examples=("worker start", "worker start --count 3"))
+                                help="how many (default 1)"))
 def cmd_worker_start(queue, args):
-    """Add workers. Without a daemon, start one in the background with so many."""
+    """Add workers. Without a daemon, start one in the background with so many.
+
+    worker start
+    worker start --count 3"""
     for last in (False, True):
         try:
             print_line(queue.call("worker", "start", count=args.count))
@@ -5289,16 +5301,21 @@ def cmd_worker_start(queue, args):
 
 @subcommand("worker stop", arg("--count", type=count_flag, metavar="N",
                                help="so many (default: all)"),
-            arg("--now", action="store_true", help="stop their jobs, which are then run again"),
-            examples=("worker stop", "worker stop --count 1 --now"))
+            arg("--now", action="store_true", help="stop their jobs, which are then run again"))
 def cmd_worker_stop(queue, args):
-    """End workers, each after its current job; they are no longer wanted."""
+    """End workers, each after its current job; they are no longer wanted.
+
+    worker stop
+    worker stop --count 1 --now"""
     print_line(queue.call("worker", "stop", count=args.count, now=args.now))
 
 
-@subcommand("worker list", *LISTING, examples=("worker list --format table", "worker list -q"))
+@subcommand("worker list", *LISTING)
 def cmd_worker_list(queue, args):
-    """Show the workers: pid, state, job, and since when."""
+    """Show the workers: pid, state, job, and since when.
+
+    worker list --format table
+    worker list -q"""
     print_rows(args, [queue.call("worker", "list")["message"]],
                ("pid", "state", "job", "attempt", "since"))
 
@@ -5329,10 +5346,12 @@ def watch_status(queue):
         drawing.close()
 
 
-@subcommand("status", arg("--watch", action="store_true", help="show it live until Ctrl-C"),
-            examples=("status", "status --watch"))
+@subcommand("status", arg("--watch", action="store_true", help="show it live until Ctrl-C"))
 def cmd_status(queue, args):
-    """Show the number of jobs in each state, and of workers."""
+    """Show the number of jobs in each state, and of workers.
+
+    status
+    status --watch"""
     if args.watch:
         with watching():
             watch_status(queue)
@@ -5349,15 +5368,21 @@ def job_pages(queue, state):
 
 
 @subcommand("list", arg("--state", choices=STATES, metavar="S", help="only " + ", ".join(STATES)),
-            *LISTING, examples=("list", "list --state completed --format table"))
+            *LISTING)
 def cmd_list(queue, args):
-    """Show jobs, oldest first."""
+    """Show jobs, oldest first.
+
+    list
+    list --state completed --format table"""
     print_rows(args, job_pages(queue, args.state), JOB_COLUMNS)
 
 
-@subcommand("show", arg("id", metavar="ID"), examples=("show hello", "show hello | grep error"))
+@subcommand("show", arg("id", metavar="ID"))
 def cmd_show(queue, args):
-    """Show a job with its attempts and what it waits for."""
+    """Show a job with its attempts and what it waits for.
+
+    show hello
+    show hello | grep error"""
     printed(indented(queue.call("show", id=args.id)["message"]))
 
 
@@ -5421,10 +5446,13 @@ def follow(queue, job_id, *, attempt=None, work=False, to_end=True):
 
 @subcommand("logs", arg("id", metavar="ID"),
             arg("--attempt", type=number_flag, metavar="N", help="that attempt (default: the last)"),
-            arg("-f", "--follow", action="store_true", help="to the end of the job"),
-            examples=("logs hello", "logs -f hello", "logs hello --attempt 1"))
+            arg("-f", "--follow", action="store_true", help="to the end of the job"))
 def cmd_logs(queue, args):
-    """Print what a job wrote, bytes as they were. -f follows it, and waits for it to start."""
+    """Print what a job wrote, bytes as they were. -f follows it, and waits for it to start.
+
+    logs hello
+    logs -f hello
+    logs hello --attempt 1"""
     with watching():
         answer = follow(queue, args.id, attempt=args.attempt, to_end=args.follow)
     if answer["serial"] is None:
@@ -5495,11 +5523,13 @@ def watch_progress(steps, timeout):
 
 
 @subcommand("wait", arg("ids", nargs="*", metavar="ID", help="default: until the queue is empty"),
-            arg("--timeout", type=duration_flag, metavar="DUR", help="give up after it, exit 124"),
-            examples=("wait hello", "wait job-1 job-2 --timeout 10m"))
+            arg("--timeout", type=duration_flag, metavar="DUR", help="give up after it, exit 124"))
 def cmd_wait(queue, args):
     """Wait until jobs have ended. One id: exits with the job's exit code (125 if it has none);
-    several, or none given: 0 all completed, 1 not."""
+    several, or none given: 0 all completed, 1 not.
+
+    wait hello
+    wait job-1 job-2 --timeout 10m"""
     ids, ended = list(dict.fromkeys(args.ids)), {}
     with watching():
         dead = watch_progress(progress_of(queue, ids, ended) if ids else progress_of_all(queue),
@@ -5550,13 +5580,14 @@ def attend(queue, job_id, quiet):
 
 
 @subcommand("run", LINE, *JOB_FLAGS, arg("--quiet", action="store_true",
-                                         help="print nothing unless the job dies"),
-            examples=("run --quiet --unique backup --timeout 2h -- /usr/local/bin/backup",
-                      "run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"))
+                                         help="print nothing unless the job dies"))
 def cmd_run(queue, args):
     """Enqueue a command, wait, hand on its output and exit code. For crontabs. Without a daemon
     it works its own job. Ctrl-C or SIGTERM cancels the job; with --unique and the key held
-    nothing is done."""
+    nothing is done.
+
+    run --quiet --unique backup --timeout 2h -- /usr/local/bin/backup
+    run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"""
     if args.argv is None:
         raise Usage("a command is missing, after --, like: run --quiet -- make")
     say, queue.note = silent if args.quiet else tell, silent
@@ -5596,11 +5627,13 @@ def outlast(queue):
 
 
 @subcommand("drain", arg("--count", type=count_flag, default=1, metavar="N",
-                         help="so many workers (default 1)"),
-            examples=("drain", "drain --count 4"))
+                         help="so many workers (default 1)"))
 def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
-    or waiting for another try; exits 1 if a job died."""
+    or waiting for another try; exits 1 if a job died.
+
+    drain
+    drain --count 4"""
     make_default_folder(queue.place)
     queue.note = silent
     if "paused" in queue.call("status")["message"]:
@@ -5629,10 +5662,12 @@ def report(args, done, count):
                                   "would be " * args.dry_run, done)))
 
 
-@subcommand("cancel", *selection(UNFINISHED), DRY_RUN,
-            examples=("cancel hello", "cancel --state pending --dry-run"))
+@subcommand("cancel", *selection(UNFINISHED), DRY_RUN)
 def cmd_cancel(queue, args):
-    """Make jobs dead: waiting ones at once, running ones when all their processes are stopped."""
+    """Make jobs dead: waiting ones at once, running ones when all their processes are stopped.
+
+    cancel hello
+    cancel --state pending --dry-run"""
     count, stopping = 0, []
     # failed once more: a job may move on between two looks
     states = UNFINISHED if args.dry_run else UNFINISHED + ("failed",)
@@ -5645,10 +5680,12 @@ def cmd_cancel(queue, args):
     report(args, "cancelled", count)
 
 
-@subcommand("delete", *selection(FINISHED), DRY_RUN,
-            examples=("delete hello", "delete --state dead --dry-run"))
+@subcommand("delete", *selection(FINISHED), DRY_RUN)
 def cmd_delete(queue, args):
-    """Delete finished jobs, with their attempts and output."""
+    """Delete finished jobs, with their attempts and output.
+
+    delete hello
+    delete --state dead --dry-run"""
     counts = [answer["count"] for answer in each_answer(
         queue, args, FINISHED, "delete", older_than=args.older_than, dry_run=args.dry_run)]
     report(args, "deleted", sum(counts))
@@ -5657,37 +5694,49 @@ def cmd_delete(queue, args):
 @subcommand("purge", arg("--state", choices=FINISHED, default="completed", metavar="S",
                          help="completed (default) or dead"),
             arg("--older-than", type=duration_flag, default=0, metavar="DUR",
-                help="only those that finished so long ago"), DRY_RUN,
-            examples=("purge --older-than 7d", "purge --state dead --older-than 30d --dry-run"))
+                help="only those that finished so long ago"), DRY_RUN)
 def cmd_purge(queue, args):
-    """Delete completed jobs. The setting retention has it done by itself."""
+    """Delete completed jobs. The setting retention has it done by itself.
+
+    purge --older-than 7d
+    purge --state dead --older-than 30d --dry-run"""
     cmd_delete(queue, args)
 
 
-@subcommand("pause", arg("--reason", default="", metavar="TEXT", help="shown by status"),
-            examples=("pause", "pause --reason 'disk swap, back at 9'"))
+@subcommand("pause", arg("--reason", default="", metavar="TEXT", help="shown by status"))
 def cmd_pause(queue, args):
-    """Start nothing new; running jobs go on. Kept over restarts."""
+    """Start nothing new; running jobs go on. Kept over restarts.
+
+    pause
+    pause --reason 'disk swap, back at 9'"""
     print_line(queue.call("pause", reason=args.reason))
 
 
-@subcommand("resume", examples=("resume", "--db /srv/q.db resume"))
+@subcommand("resume")
 def cmd_resume(queue, args):
-    """End the pause."""
+    """End the pause.
+
+    resume
+    --db /srv/q.db resume"""
     print_line(queue.call("resume"))
 
 
-@subcommand("dlq list", *LISTING, examples=("dlq list", "dlq list -q"))
+@subcommand("dlq list", *LISTING)
 def cmd_dlq_list(queue, args):
-    """Show the dead jobs."""
+    """Show the dead jobs.
+
+    dlq list
+    dlq list -q"""
     print_rows(args, job_pages(queue, "dead"), JOB_COLUMNS)
 
 
 @subcommand("dlq retry", arg("ids", nargs="*", metavar="ID", help="a dead job"),
-            arg("--all", action="store_true", help="all dead jobs"),
-            examples=("dlq retry hello", "dlq retry --all"))
+            arg("--all", action="store_true", help="all dead jobs"))
 def cmd_dlq_retry(queue, args):
-    """Queue dead jobs again, their attempts back at 0."""
+    """Queue dead jobs again, their attempts back at 0.
+
+    dlq retry hello
+    dlq retry --all"""
     count, refused = 0, []
     for answer in each_answer(queue, args, ("dead",), "dlq", "retry"):
         count += answer["count"]
@@ -5700,36 +5749,49 @@ def cmd_dlq_retry(queue, args):
     print_line(reply(done))
 
 
-@subcommand("config set", KEY, arg("value"),
-            examples=("config set max-retries 5", "config set timeout 10m"))
+@subcommand("config set", KEY, arg("value"))
 def cmd_config_set(queue, args):
-    """Change a setting. Times are milliseconds, or like 90s, 5m, 2h, 1d."""
+    """Change a setting. Times are milliseconds, or like 90s, 5m, 2h, 1d.
+
+    config set max-retries 5
+    config set timeout 10m"""
     print_line(queue.call("config", "set", key=args.key, value=args.value))
 
 
-@subcommand("config get", KEY, examples=("config get max-retries", "config get backoff"))
+@subcommand("config get", KEY)
 def cmd_config_get(queue, args):
-    """Show a setting."""
+    """Show a setting.
+
+    config get max-retries
+    config get backoff"""
     print_line(queue.call("config", "get", key=args.key)["message"])
 
 
-@subcommand("config unset", KEY, examples=("config unset timeout", "config unset on-dead"))
+@subcommand("config unset", KEY)
 def cmd_config_unset(queue, args):
-    """Put a setting back to its default."""
+    """Put a setting back to its default.
+
+    config unset timeout
+    config unset on-dead"""
     print_line(queue.call("config", "unset", key=args.key))
 
 
-@subcommand("config list", examples=("config list", "config list | grep timeout"))
+@subcommand("config list")
 def cmd_config_list(queue, args):
-    """Show all settings."""
+    """Show all settings.
+
+    config list
+    config list | grep timeout"""
     printed(indented(queue.call("config", "list")["message"]))
 
 
 @subcommand("metrics", arg("--format", choices=("json", "prometheus"), default="json",
-                            metavar="F", help="json (default), or prometheus for its collectors"),
-            examples=("metrics", "metrics --format prometheus >queuectl.prom"))
+                            metavar="F", help="json (default), or prometheus for its collectors"))
 def cmd_metrics(queue, args):
-    """Show counters and run times."""
+    """Show counters and run times.
+
+    metrics
+    metrics --format prometheus >queuectl.prom"""
     metrics = queue.call("metrics")["message"]
     if args.format == "json":
         printed(indented(metrics))
@@ -5745,11 +5807,13 @@ def cmd_metrics(queue, args):
                 help="longest that a ready job may have waited, like 10m"),
             arg("--completed", metavar="ID-PREFIX",
                 help="a job whose id begins so must have completed"),
-            arg("--within", type=duration_flag, metavar="DUR", help="not longer ago than this"),
-            examples=("check --max-dead 0 --max-age 10m", "check --completed backup- --within 26h"))
+            arg("--within", type=duration_flag, metavar="DUR", help="not longer ago than this"))
 def cmd_check(queue, args):
     """Judge the queue as a monitoring plugin. It says one line and exits 0 OK, 1 WARNING (jobs wait
-    and nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error)."""
+    and nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error).
+
+    check --max-dead 0 --max-age 10m
+    check --completed backup- --within 26h"""
     if (args.completed is None) != (args.within is None):
         raise Usage("--completed and --within go together; see: queuectl check --help")
     if not queue.by_socket() and queue.untouched():
@@ -5763,11 +5827,13 @@ def cmd_check(queue, args):
     return status
 
 
-@subcommand("backup", arg("file", metavar="FILE", help="a file that does not exist yet"),
-            examples=("backup /var/backups/queue-$(date +%F).db", "--db /srv/q.db backup /mnt/q.db"))
+@subcommand("backup", arg("file", metavar="FILE", help="a file that does not exist yet"))
 def cmd_backup(queue, args):
     """Copy the database while jobs run. The copy holds all that was acknowledged before, is
-    checked, 0600, and a queue like any other: DB_PATH=FILE."""
+    checked, 0600, and a queue like any other: DB_PATH=FILE.
+
+    backup /var/backups/queue-$(date +%F).db
+    --db /srv/q.db backup /mnt/q.db"""
     path = queue.database()
     if not os.path.exists(path):
         raise Failure("no queue at %s; name it with --db" % safe(path))
@@ -5776,10 +5842,13 @@ def cmd_backup(queue, args):
     print_line(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
 
 
-@subcommand("doctor", *LISTING, examples=("doctor --format table", "--db /srv/q.db doctor"))
+@subcommand("doctor", *LISTING)
 def cmd_doctor(queue, args):
     """Look for what is or will be wrong, and say what to do about it. Nothing is changed. Exit 0
-    if all is well, 1 if not."""
+    if all is well, 1 if not.
+
+    doctor --format table
+    --db /srv/q.db doctor"""
     findings = diagnose(queue, queue.database())
     print_rows(args, [findings], ("check", "ok", "detail", "advice"))
     wrong = [finding for finding in findings if not finding["ok"]]
@@ -5788,21 +5857,28 @@ def cmd_doctor(queue, args):
     return int(bool(wrong))
 
 
-@subcommand("systemd", arg("--user", action="store_true", help="for your own systemd instance"),
-            examples=("systemd | sudo tee /etc/systemd/system/queuectl.service",
-                      "systemd --user >~/.config/systemd/user/queuectl.service"))
+@subcommand("systemd", arg("--user", action="store_true", help="for your own systemd instance"))
 def cmd_systemd(queue, args):
     """Print a systemd unit that serves this queue with this file. Jobs run as the user who asks,
-    and have 80 s to end when it is stopped."""
+    and have 80 s to end when it is stopped.
+
+    systemd | sudo tee /etc/systemd/system/queuectl.service
+    systemd --user >~/.config/systemd/user/queuectl.service"""
     printed(systemd_unit(queue.place, args.user))
     tell("save it as %s/queuectl.service, then: systemctl%s daemon-reload; systemctl%s enable --now"
          " queuectl" % (("~/.config/systemd/user", " --user", " --user") if args.user
                         else ("/etc/systemd/system", "", "")))
 
 
+def manual(name):
+    """(help, examples) of a command."""
+    about, _, examples = re.sub("\n +", "\n", COMMANDS[name][0].__doc__).partition("\n\n")
+    return about, ["  queuectl " + example for example in examples.split("\n")]
+
+
 def summary(name):
     """The first sentence of a command's help."""
-    return " ".join(COMMANDS[name][0].__doc__.split()).partition(". ")[0].rstrip(".")
+    return manual(name)[0].replace("\n", " ").partition(". ")[0].rstrip(".")
 
 
 def completions():
@@ -5813,7 +5889,7 @@ def completions():
               ("--help", "show help")]
     settings = [(key, setting.about) for key, setting in SETTINGS.items()]
     table[" -"] = common + [("--version", "show the version")]
-    for name, (_, arguments, _) in COMMANDS.items():
+    for name, (_, arguments) in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         table[group].append((last, summary(name)))
         if group and group not in dict(table[""]):
@@ -5835,11 +5911,12 @@ def completions():
     return table
 
 
-@subcommand("completion", arg("shell", choices=sorted(SHELLS), help="the shell to complete in"),
-            examples=("completion bash >~/.local/share/bash-completion/completions/queuectl",
-                      "completion fish >~/.config/fish/completions/queuectl.fish"))
+@subcommand("completion", arg("shell", choices=sorted(SHELLS), help="the shell to complete in"))
 def cmd_completion(queue, args):
-    """Print what makes Tab complete commands, flags, states and settings."""
+    """Print what makes Tab complete commands, flags, states and settings.
+
+    completion bash >~/.local/share/bash-completion/completions/queuectl
+    completion fish >~/.config/fish/completions/queuectl.fish"""
     printed(completion_script(args.shell, completions()))
 
 
@@ -5874,9 +5951,8 @@ def parse_group(name, rest):
     """`queuectl dlq` alone: its help, or an error that tells what is known. Does not return."""
     known = [full for full in COMMANDS if full.startswith(name + " ")]
     if known and set(rest) & {"-h", "--help"}:
-        examples = [example for full in known for example in COMMANDS[full][2][:1]]
         new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
-            "  queuectl " + example for example in examples)).parse_args(["--help"])
+            manual(full)[1][0] for full in known)).parse_args(["--help"])
     if known and not rest:
         raise Usage("%s what? known are %s" % (name, ", ".join(known)))
     raise Usage("unknown command %s; known are %s" % (
@@ -5906,13 +5982,14 @@ def parse(argv):
         name = words[0]
     if name not in COMMANDS:
         parse_group(name, words[1:])
-    function, arguments, examples = COMMANDS[name]
+    function, arguments = COMMANDS[name]
     rest = words[len(name.split()):]
     if arguments[:1] and arguments[0] in (WHAT, LINE) and "--" in rest:
         at = rest.index("--")
         rest, args.argv = rest[:at], rest[at + 1:]
-    parser = new_parser("queuectl " + name, description=re.sub("\n +", "\n", function.__doc__),
-                        epilog="\n  queuectl ".join(("examples:",) + examples))
+    about, examples = manual(name)
+    parser = new_parser("queuectl " + name, description=about,
+                        epilog="\n".join(["examples:"] + examples))
     # What it means to name no jobs, for commands where some can't be named in every way.
     parser.set_defaults(ids=(), state=None, all=False, older_than=0)
     for names, options in arguments:

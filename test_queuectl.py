@@ -4329,11 +4329,11 @@ class InstallTest(QueueCase):
     def test_completion_knows_every_command_and_every_flag_by_itself(self):
         new = {"frob now": (lambda queue, args: None, (
             queuectl.arg("--colour", choices=("red", "blue")), queuectl.arg("--env", action="append"),
-            queuectl.arg("what", choices=(1, 2))), ("frob now",))}
+            queuectl.arg("what", choices=(1, 2))))}
         new["frob now"][0].__doc__ = "Frob it. At once."
         with mock.patch.dict(queuectl.COMMANDS, new):
             table = queuectl.completions()
-        for name, (_, arguments, _) in list(queuectl.COMMANDS.items()) + list(new.items()):
+        for name, (_, arguments) in list(queuectl.COMMANDS.items()) + list(new.items()):
             group, _, last = name.rpartition(" ")
             self.assertIn(last, dict(table[group]))
             for names, options in arguments:
