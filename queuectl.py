@@ -4966,8 +4966,9 @@ class Drawing:
 COMMANDS = {}  # "dlq retry" -> (function, arguments)
 
 
-def arg(*names, **options):
-    return names, options
+def arg(names, about=None, **options):
+    """An argument's names, and what argparse is told of it."""
+    return names.split(), dict(options, help=about)
 
 
 def subcommand(name, *arguments):
@@ -4987,40 +4988,41 @@ def flag_type(check):
     return convert
 
 
-duration_flag = flag_type(as_ms)
-time_flag = flag_type(as_date)
-count_flag = flag_type(as_count)
-number_flag = flag_type(lambda text: in_range(whole(text), 0, 10 ** 9))
+switch = functools.partial(arg, action="store_true")
+duration_arg = functools.partial(arg, type=flag_type(as_ms), metavar="DUR")
+count_arg = functools.partial(arg, type=flag_type(as_count), metavar="N")
+number_arg = functools.partial(arg, metavar="N", type=flag_type(
+    lambda text: in_range(whole(text), 0, 10 ** 9)))
 
 
 # The one place of each grammar: a job's flags, which jobs are meant, how a list is shown.
-WHAT = arg("job", nargs="?", metavar="JOB, or -- CMD ARG ...",
-           help="JSON, - for a job a line from stdin, or a command (one argument: a shell line)")
-LINE = arg("job", nargs="?", metavar="-- CMD ARG ...", help="one argument alone is a shell line")
+WHAT = arg("job", "JSON, - for a job a line from stdin, or a command (one argument: a shell line)",
+           nargs="?", metavar="JOB, or -- CMD ARG ...")
+LINE = arg("job", "one argument alone is a shell line", nargs="?", metavar="-- CMD ARG ...")
 JOB_FLAGS = (
-    arg("--id", help="default: made of the time"),
-    arg("--priority", type=int, metavar="N", help="-1000 to 1000, higher first"),
-    arg("--delay", type=duration_flag, metavar="DUR", help="not before so long from now: 90s, 5m"),
-    arg("--at", dest="run_after", type=time_flag, metavar="TIME",
-        help="not before: 2026-01-15T10:30:00Z"),
-    arg("--timeout", type=duration_flag, metavar="DUR", help="longest run of an attempt, 0s: none"),
-    arg("--max-retries", type=int, metavar="N", help="attempts in all"),
-    arg("--cwd", type=lambda text: utf8(os.path.abspath(os_path(text))), metavar="DIR",
-        help="where it runs (default: here)"),
-    arg("--env", action="append", nargs="+", metavar="K=V", help="added to its environment"),
-    arg("--unique", metavar="KEY", help="store nothing while an unfinished job has this key"))
-QUIET = arg("-q", "--quiet", action="store_true", help="print ids only")
+    arg("--id", "default: made of the time"),
+    arg("--priority", "-1000 to 1000, higher first", type=int, metavar="N"),
+    duration_arg("--delay", "not before so long from now: 90s, 5m"),
+    arg("--at", "not before: 2026-01-15T10:30:00Z", dest="run_after", type=flag_type(as_date),
+        metavar="TIME"),
+    duration_arg("--timeout", "longest run of an attempt, 0s: none"),
+    arg("--max-retries", "attempts in all", type=int, metavar="N"),
+    arg("--cwd", "where it runs (default: here)", metavar="DIR",
+        type=lambda text: utf8(os.path.abspath(os_path(text)))),
+    arg("--env", "added to its environment", action="append", nargs="+", metavar="K=V"),
+    arg("--unique", "store nothing while an unfinished job has this key", metavar="KEY"))
+QUIET = switch("-q --quiet", "print ids only")
 LISTING = (
-    arg("--format", choices=tuple(FORMATS), default="json", help="default: json"),
-    arg("--json", dest="format", action="store_const", const="json", help="--format json"), QUIET)
-KEY = arg("key", help=", ".join(SETTINGS))
-DRY_RUN = arg("--dry-run", action="store_true", help="only say how many it would be")
+    arg("--format", "default: json", choices=tuple(FORMATS), default="json"),
+    arg("--json", "--format json", dest="format", action="store_const", const="json"), QUIET)
+KEY = arg("key", ", ".join(SETTINGS))
+DRY_RUN = switch("--dry-run", "only say how many it would be")
 
 
 def selection(states):
     return (arg("ids", nargs="*", metavar="ID"),
-            arg("--state", choices=states, metavar="S", help="all that are " + ", ".join(states)),
-            arg("--all", action="store_true", help="all that can be"))
+            arg("--state", "all that are " + ", ".join(states), choices=states, metavar="S"),
+            switch("--all", "all that can be"))
 
 
 def each_answer(queue, args, states, command, option=None, **more):
@@ -5222,14 +5224,12 @@ def announce(line):
     utter(sys.stdout, line + "\n", 1)
 
 
-@subcommand("daemon", arg("--workers", type=count_flag, metavar="N",
-                          help="workers wanted from now on (default: as many as before)"),
-            arg("--grace", type=duration_flag, metavar="DUR",
-                help="how long a stop waits for running jobs, like 30s (default: as long as it"
-                     " takes)"),
-            arg("--detach", action="store_true", help="run in the background"),
-            # how `run` has its job worked without a daemon.
-            arg("--only", help=argparse.SUPPRESS))
+@subcommand("daemon",
+            count_arg("--workers", "workers wanted from now on (default: as many as before)"),
+            duration_arg("--grace", "how long a stop waits for running jobs, like 30s (default: as"
+                                    " long as it takes)"),
+            switch("--detach", "run in the background"),
+            arg("--only", argparse.SUPPRESS))  # how `run` has its job worked without a daemon
 def cmd_daemon(queue, args):
     """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running
     jobs, exit; a second one stops them and gives their attempts back.
@@ -5250,8 +5250,7 @@ def cmd_daemon(queue, args):
     return daemon.run(announce)
 
 
-@subcommand("daemon stop", arg("--grace", type=duration_flag, metavar="DUR",
-                               help="stop jobs that still run after it"))
+@subcommand("daemon stop", duration_arg("--grace", "stop jobs that still run after it"))
 def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone.
 
@@ -5277,8 +5276,7 @@ def cmd_daemon_status(queue, args):
     printed(indented(queue.call("daemon", "status")["message"]))
 
 
-@subcommand("worker start", arg("--count", type=count_flag, default=1, metavar="N",
-                                help="how many (default 1)"))
+@subcommand("worker start", count_arg("--count", "how many (default 1)", default=1))
 def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many.
 
@@ -5299,9 +5297,8 @@ def cmd_worker_start(queue, args):
                 raise
 
 
-@subcommand("worker stop", arg("--count", type=count_flag, metavar="N",
-                               help="so many (default: all)"),
-            arg("--now", action="store_true", help="stop their jobs, which are then run again"))
+@subcommand("worker stop", count_arg("--count", "so many (default: all)"),
+            switch("--now", "stop their jobs, which are then run again"))
 def cmd_worker_stop(queue, args):
     """End workers, each after its current job; they are no longer wanted.
 
@@ -5346,7 +5343,7 @@ def watch_status(queue):
         drawing.close()
 
 
-@subcommand("status", arg("--watch", action="store_true", help="show it live until Ctrl-C"))
+@subcommand("status", switch("--watch", "show it live until Ctrl-C"))
 def cmd_status(queue, args):
     """Show the number of jobs in each state, and of workers.
 
@@ -5367,7 +5364,7 @@ def job_pages(queue, state):
         after = answer["next"]
 
 
-@subcommand("list", arg("--state", choices=STATES, metavar="S", help="only " + ", ".join(STATES)),
+@subcommand("list", arg("--state", "only " + ", ".join(STATES), choices=STATES, metavar="S"),
             *LISTING)
 def cmd_list(queue, args):
     """Show jobs, oldest first.
@@ -5445,8 +5442,8 @@ def follow(queue, job_id, *, attempt=None, work=False, to_end=True):
 
 
 @subcommand("logs", arg("id", metavar="ID"),
-            arg("--attempt", type=number_flag, metavar="N", help="that attempt (default: the last)"),
-            arg("-f", "--follow", action="store_true", help="to the end of the job"))
+            number_arg("--attempt", "that attempt (default: the last)"),
+            switch("-f --follow", "to the end of the job"))
 def cmd_logs(queue, args):
     """Print what a job wrote, bytes as they were. -f follows it, and waits for it to start.
 
@@ -5522,8 +5519,8 @@ def watch_progress(steps, timeout):
         drawing.close()
 
 
-@subcommand("wait", arg("ids", nargs="*", metavar="ID", help="default: until the queue is empty"),
-            arg("--timeout", type=duration_flag, metavar="DUR", help="give up after it, exit 124"))
+@subcommand("wait", arg("ids", "default: until the queue is empty", nargs="*", metavar="ID"),
+            duration_arg("--timeout", "give up after it, exit 124"))
 def cmd_wait(queue, args):
     """Wait until jobs have ended. One id: exits with the job's exit code (125 if it has none);
     several, or none given: 0 all completed, 1 not.
@@ -5579,8 +5576,7 @@ def attend(queue, job_id, quiet):
         raise
 
 
-@subcommand("run", LINE, *JOB_FLAGS, arg("--quiet", action="store_true",
-                                         help="print nothing unless the job dies"))
+@subcommand("run", LINE, *JOB_FLAGS, switch("--quiet", "print nothing unless the job dies"))
 def cmd_run(queue, args):
     """Enqueue a command, wait, hand on its output and exit code. For crontabs. Without a daemon
     it works its own job. Ctrl-C or SIGTERM cancels the job; with --unique and the key held
@@ -5626,8 +5622,7 @@ def outlast(queue):
         next(idle)
 
 
-@subcommand("drain", arg("--count", type=count_flag, default=1, metavar="N",
-                         help="so many workers (default 1)"))
+@subcommand("drain", count_arg("--count", "so many workers (default 1)", default=1))
 def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
     or waiting for another try; exits 1 if a job died.
@@ -5691,10 +5686,9 @@ def cmd_delete(queue, args):
     report(args, "deleted", sum(counts))
 
 
-@subcommand("purge", arg("--state", choices=FINISHED, default="completed", metavar="S",
-                         help="completed (default) or dead"),
-            arg("--older-than", type=duration_flag, default=0, metavar="DUR",
-                help="only those that finished so long ago"), DRY_RUN)
+@subcommand("purge", arg("--state", "completed (default) or dead", choices=FINISHED,
+                         default="completed", metavar="S"),
+            duration_arg("--older-than", "only those that finished so long ago"), DRY_RUN)
 def cmd_purge(queue, args):
     """Delete completed jobs. The setting retention has it done by itself.
 
@@ -5703,7 +5697,7 @@ def cmd_purge(queue, args):
     cmd_delete(queue, args)
 
 
-@subcommand("pause", arg("--reason", default="", metavar="TEXT", help="shown by status"))
+@subcommand("pause", arg("--reason", "shown by status", default="", metavar="TEXT"))
 def cmd_pause(queue, args):
     """Start nothing new; running jobs go on. Kept over restarts.
 
@@ -5730,8 +5724,8 @@ def cmd_dlq_list(queue, args):
     print_rows(args, job_pages(queue, "dead"), JOB_COLUMNS)
 
 
-@subcommand("dlq retry", arg("ids", nargs="*", metavar="ID", help="a dead job"),
-            arg("--all", action="store_true", help="all dead jobs"))
+@subcommand("dlq retry", arg("ids", "a dead job", nargs="*", metavar="ID"),
+            switch("--all", "all dead jobs"))
 def cmd_dlq_retry(queue, args):
     """Queue dead jobs again, their attempts back at 0.
 
@@ -5785,8 +5779,8 @@ def cmd_config_list(queue, args):
     printed(indented(queue.call("config", "list")["message"]))
 
 
-@subcommand("metrics", arg("--format", choices=("json", "prometheus"), default="json",
-                            metavar="F", help="json (default), or prometheus for its collectors"))
+@subcommand("metrics", arg("--format", "json (default), or prometheus for its collectors",
+                           choices=("json", "prometheus"), default="json", metavar="F"))
 def cmd_metrics(queue, args):
     """Show counters and run times.
 
@@ -5801,13 +5795,11 @@ def cmd_metrics(queue, args):
         raise Failure("the daemon is of an older version; restart it: daemon stop, worker start")
 
 
-@subcommand("check", arg("--max-pending", type=number_flag, metavar="N", help="most pending jobs"),
-            arg("--max-dead", type=number_flag, metavar="N", help="most dead jobs"),
-            arg("--max-age", type=duration_flag, metavar="DUR",
-                help="longest that a ready job may have waited, like 10m"),
-            arg("--completed", metavar="ID-PREFIX",
-                help="a job whose id begins so must have completed"),
-            arg("--within", type=duration_flag, metavar="DUR", help="not longer ago than this"))
+@subcommand("check", number_arg("--max-pending", "most pending jobs"),
+            number_arg("--max-dead", "most dead jobs"),
+            duration_arg("--max-age", "longest that a ready job may have waited, like 10m"),
+            arg("--completed", "a job whose id begins so must have completed", metavar="ID-PREFIX"),
+            duration_arg("--within", "not longer ago than this"))
 def cmd_check(queue, args):
     """Judge the queue as a monitoring plugin. It says one line and exits 0 OK, 1 WARNING (jobs wait
     and nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error).
@@ -5827,7 +5819,7 @@ def cmd_check(queue, args):
     return status
 
 
-@subcommand("backup", arg("file", metavar="FILE", help="a file that does not exist yet"))
+@subcommand("backup", arg("file", "a file that does not exist yet", metavar="FILE"))
 def cmd_backup(queue, args):
     """Copy the database while jobs run. The copy holds all that was acknowledged before, is
     checked, 0600, and a queue like any other: DB_PATH=FILE.
@@ -5857,7 +5849,7 @@ def cmd_doctor(queue, args):
     return int(bool(wrong))
 
 
-@subcommand("systemd", arg("--user", action="store_true", help="for your own systemd instance"))
+@subcommand("systemd", switch("--user", "for your own systemd instance"))
 def cmd_systemd(queue, args):
     """Print a systemd unit that serves this queue with this file. Jobs run as the user who asks,
     and have 80 s to end when it is stopped.
@@ -5897,13 +5889,13 @@ def completions():
         table.setdefault(group + " -", common)
         table[name + " -"] = common[:]
         for names, options in arguments:
-            if options.get("help") == argparse.SUPPRESS:
+            if options["help"] == argparse.SUPPRESS:
                 continue
             values = [(str(value), "") for value in options.get("choices", ())]
             if names[0][0] != "-":
                 table[name] += settings if names[0] == "key" else values
                 continue
-            table[name + " -"] += [(flag, options.get("help", "")) for flag in names]
+            table[name + " -"] += [(flag, options["help"]) for flag in names]
             for flag in names if "action" not in options else ():
                 table[name + " " + flag] = values
     for name in COMMANDS:
@@ -5911,7 +5903,7 @@ def completions():
     return table
 
 
-@subcommand("completion", arg("shell", choices=sorted(SHELLS), help="the shell to complete in"))
+@subcommand("completion", arg("shell", "the shell to complete in", choices=sorted(SHELLS)))
 def cmd_completion(queue, args):
     """Print what makes Tab complete commands, flags, states and settings.
 
