@@ -2798,6 +2798,31 @@ def reply(message, **more):
     return dict(success=True, message=message, **more)
 
 
+def as_count(value):
+    """A number of workers, as a number or as text."""
+    return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
+
+
+def as_position(value):
+    return as_int(value, 0, 1 << 62)
+
+
+ARGUMENTS = {  # what an argument of that name must be, whatever the operation; others see themselves
+    "state": lambda value: one_of(value, STATES),
+    "after": as_position,
+    "upto": as_position,
+    "offset": as_position,
+    "limit": lambda value: as_int(value, 0, PAGE_OUTPUT),
+    "attempt": as_position,
+    "count": as_count,
+    "older_than": as_ms,
+    "grace": as_ms,
+    "within": as_ms,
+    "prefix": as_id,
+    "reason": as_text,
+}
+
+
 def versions(request):
     """Both sides' versions, for those that don't understand each other."""
     return "daemon: queuectl %s, request: %s" % (
@@ -2822,12 +2847,16 @@ def resolve(request):
         arguments = value
     else:
         arguments = {} if value is None else {found.bare: value}
-    for name in arguments:
+    given = {}
+    for name, one in arguments.items():
         if name not in found.names:
             raise Failure("%s takes no %s (%s)" % (
                 command, "value" if name is None else "argument " + safe(str(name)[:80]),
                 versions(request)))
-    return Call(found, arguments, request.get("once"))
+        if one is not None:  # null: as if it were not there
+            check = ARGUMENTS.get(name)
+            given[name] = checked(name, check, one) if check else one
+    return Call(found, given, request.get("once"))
 
 
 def perform(context, call):
@@ -2841,11 +2870,6 @@ def perform(context, call):
     answer = function(context, **call.arguments)
     context.store.remember(call.once, compact(answer))
     return answer
-
-
-def as_count(value):
-    """A number of workers, as a number or as text."""
-    return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
 
 
 def known_job(store, job_id):
@@ -2862,8 +2886,8 @@ def selected(context, states, ids, state, after, upto=None):
     if state is not None:
         if state not in states or ids:
             raise BadField("state", "must be one of %s, and without ids" % ", ".join(states))
-        upto = checked("upto", as_int, context.store.last_row() if upto is None else upto, 0, 1 << 62)
-        rows = context.store.jobs(state, checked("after", as_int, after, 0, 1 << 62), PAGE_JOBS)
+        upto = context.store.last_row() if upto is None else upto
+        rows = context.store.jobs(state, after, PAGE_JOBS)
         jobs = [job for rowid, job in rows if rowid <= upto]
         return jobs, {"next": rows[-1][0] if len(jobs) == PAGE_JOBS else None, "upto": upto}
     ids = [ids] if isinstance(ids, str) else ids
@@ -2986,15 +3010,11 @@ def op_status(context, full=False):
 
 
 @operation("list", bare="state")
-def op_list(context, state=None, after=0, limit=PAGE_JOBS):
+def op_list(context, state=None, after=0):
     """A page of jobs, oldest first, beyond `after`; `next` is what comes after, None at the end."""
-    if state is not None:
-        checked("state", one_of, state, STATES)
-    after = checked("after", as_int, after, 0, 1 << 62)
-    limit = checked("limit", as_int, limit, 1, PAGE_JOBS)
     page, size = [], 0
-    while len(page) < limit and size < PAGE_BYTES:
-        wanted = min(limit - len(page), 50)
+    while len(page) < PAGE_JOBS and size < PAGE_BYTES:
+        wanted = min(PAGE_JOBS - len(page), 50)
         rows = context.store.jobs(state, after, wanted)
         for after, job in rows:
             page.append(job.public())
@@ -3005,8 +3025,8 @@ def op_list(context, state=None, after=0, limit=PAGE_JOBS):
 
 
 @operation("dlq", "list")
-def op_dlq_list(context, after=0, limit=PAGE_JOBS):
-    return op_list(context, "dead", after, limit)
+def op_dlq_list(context, after=0):
+    return op_list(context, "dead", after)
 
 
 def retry_obstacle(store, job):
@@ -3066,7 +3086,7 @@ def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry
             context.store.delete([job.id for job in jobs])
     else:
         checked("state", one_of, state, FINISHED)
-        before = iso(context.now + 1 - checked("older_than", as_ms, older_than))
+        before = iso(context.now + 1 - older_than)
         act = context.store.count_finished if dry_run else context.store.purge
         count = act(state, before)
         more = not dry_run and count == PURGE
@@ -3103,10 +3123,6 @@ def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=Fa
     """
     import base64
     store, job = context.store, known_job(context.store, id)
-    offset, limit = checked("offset", as_int, offset, 0, 1 << 62), checked(
-        "limit", as_int, limit, 0, PAGE_OUTPUT)
-    if attempt is not None:
-        checked("attempt", as_int, attempt, 1, 1 << 62)
     past = {one["number"]: one for one in store.attempts(job.id)}
     running = {claim.number: claim for claim in store.open_claims(job.id)}
     last = max(itertools.chain(past, running), default=None)
@@ -3143,7 +3159,7 @@ def op_wait(context, ids=()):
 @operation("pause", bare="reason", writes=True)
 def op_pause(context, reason=""):
     """Start nothing new until `resume`."""
-    context.store.set_paused(checked("reason", as_text, reason))
+    context.store.set_paused(reason)
     return reply("Queue paused")
 
 
@@ -3203,7 +3219,6 @@ def op_metrics(context):
 
 @operation("worker", "start", bare="count", writes=True, needs_daemon=True)
 def op_worker_start(context, count=1):
-    count = checked("count", as_count, count)
     if context.daemon and context.daemon.stopping:
         raise Failure("the daemon is stopping; try again when it is gone")
     wanted = count + context.store.wanted()
@@ -3222,7 +3237,7 @@ def op_worker_list(context):
 def op_worker_stop(context, count=None, now=False):
     """Want `count` workers fewer (None: none at all); `now`: stop their jobs, give them back."""
     wanted = context.store.wanted()
-    fewer = wanted if count is None else min(wanted, checked("count", as_count, count))
+    fewer = wanted if count is None else min(wanted, count)
     context.store.set_wanted(wanted - fewer)
     if context.daemon and now:
         context.daemon.stop_leaving = True
@@ -3232,8 +3247,6 @@ def op_worker_stop(context, count=None, now=False):
 @operation("daemon", "stop", bare="grace", needs_daemon=True)
 def op_daemon_stop(context, grace=None):
     """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
-    if grace is not None:
-        grace = checked("grace", as_ms, grace)
     context.daemon.stop(grace)
     return reply("Daemon stopping", pid=os.getpid(), db=context.store.path)
 
@@ -3270,8 +3283,7 @@ def op_check(context, prefix=None, within=0):
     found.update(daemon=daemon is not None, age=ago(store.ready_since(now)) or 0,
                  workers=daemon.pool.count() if daemon else 0)
     if prefix is not None:
-        since = max(now - checked("within", as_ms, within), 0)
-        ended = store.completed_at(checked("prefix", as_id, prefix), iso(since))
+        ended = store.completed_at(prefix, iso(max(now - within, 0)))
         found["ended"] = ago(ended and parse_date(ended))
     return reply(found)
 
@@ -4160,7 +4172,7 @@ class Daemon:
             return
         if call.operation.writes:
             self.writes.append((channel, call, monotonic()))
-        elif "after" in call.operation.names and not {"after", "limit"} & set(call.arguments):
+        elif "after" in call.operation.names and "after" not in call.arguments:
             channel.pages, channel.busy = self.pages(call), False
             channel.flush()
         else:
@@ -5811,7 +5823,7 @@ def cmd_check(queue, args):
     if not queue.by_socket() and queue.untouched():
         raise Failure("no queue at %s; name it with --db" % safe(queue.place.db))
     queue.note = silent  # the line is all that a plugin says
-    found = queue.call("check", prefix=args.completed, within=args.within or 0)["message"]
+    found = queue.call("check", prefix=args.completed, within=args.within)["message"]
     age, ended = (ms and ms // 1000 for ms in (args.max_age, args.within))
     status, line = judge(found, {"pending": args.max_pending, "dead": args.max_dead, "age": age,
                                  "ended": ended}, args.completed)

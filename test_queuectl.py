@@ -1330,7 +1330,8 @@ class OperationsTest(StoreCase):
             with self.subTest(state=state):
                 shown, after, pages = "", 0, 0
                 while after is not None:
-                    answer = self.ask("list", state=state, after=after, limit=3)
+                    with mock.patch("queuectl.PAGE_JOBS", 3):
+                        answer = self.ask("list", state=state, after=after)
                     after, pages = answer["next"], pages + 1
                     shown += "".join(job["id"] for job in answer["message"])
                 self.assertEqual((shown, pages), (expected, len(expected) // 3 + 1))
@@ -1381,7 +1382,8 @@ class OperationsTest(StoreCase):
                 ("status", None, "x", "takes no"), ("list", None, {"context": 1}, "takes no"),
                 ("list", None, "odd", "field state"), ("list", None, {"state": []}, "field state"),
                 ("list", None, {"after": "x"}, "field after"),
-                ("list", None, {"limit": 0}, "field limit"),
+                ("list", None, {"limit": 3}, "takes no argument limit"),
+                ("logs", None, {"limit": -1}, "field limit"),
                 ("list", None, {"after": 2 ** 64}, "field after"),
                 ("config", "get", "odd", "unknown setting"),
                 ("config", "get", None, "unknown setting"),
