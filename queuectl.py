@@ -3125,7 +3125,7 @@ def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=Fa
     store, job = context.store, known_job(context.store, id)
     past = {one["number"]: one for one in store.attempts(job.id)}
     running = {claim.number: claim for claim in store.open_claims(job.id)}
-    last = max(itertools.chain(past, running), default=None)
+    last = max([*past, *running], default=None)
     number = last if attempt is None else attempt
     piece, serial = (b"", offset, 0), None
     if number in running:
@@ -3266,7 +3266,10 @@ def op_daemon_yield(context, kind=None):
 
 @operation("daemon", "status", needs_daemon=True)
 def op_daemon_status(context):
-    return reply(context.daemon.about())
+    daemon = context.daemon
+    return reply({"pid": os.getpid(), "version": VERSION, "db": daemon.db, "socket": daemon.sock,
+                  "uptime_s": int(daemon.uptime_s()), "workers": daemon.pool.count(),
+                  "wanted": daemon.wanted, "stopping": daemon.stopping})
 
 
 @operation("check")
@@ -3292,23 +3295,19 @@ def record_results(store, results, now):
     """Store what became of attempts: [(Result, Verdict, id of the job enqueued by a death)]."""
     done, cancelled = [], store.cancelled()
     for result in results:
-        heir, at, spread = None, cancelled.get(result.claim.serial), 0.0
-        if store.settings["jitter"]:
-            import random
-            spread = random.uniform(-1, 1)
-        verdict = decide(result.claim, result.outcome, store.settings, now, spread)
-        ended_at = result.outcome.ended_at
-        if at and not (verdict.state in FINISHED and ended_at and ended_at < at):
-            result = result._replace(outcome=result.outcome._replace(reason="cancelled", detail=""))
-            verdict = decide(result.claim, result.outcome, store.settings, now)
-        if result.outcome.reason in GIVEN_BACK:
-            store.give_back(result.claim, verdict, now)
-        else:
-            known = store.finish(result.claim, verdict, result.outcome, result.output,
-                                 result.worker, now)
-            if known and verdict.state == "dead":
-                heir = on_job_death(store, result.claim.job, now)
-        done.append((result, verdict, heir))
+        claim, outcome, heir = result.claim, result.outcome, None
+        spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
+        verdict = decide(claim, outcome, store.settings, now, spread)
+        at = cancelled.get(claim.serial)
+        if at and not (verdict.state in FINISHED and outcome.ended_at and outcome.ended_at < at):
+            outcome = outcome._replace(reason="cancelled", detail="")
+            verdict = decide(claim, outcome, store.settings, now)
+        if outcome.reason in GIVEN_BACK:
+            store.give_back(claim, verdict, now)
+        elif (store.finish(claim, verdict, outcome, result.output, result.worker, now)
+                and verdict.state == "dead"):
+            heir = on_job_death(store, claim.job, now)
+        done.append((result._replace(outcome=outcome), verdict, heir))
     return done
 
 
@@ -3511,6 +3510,7 @@ def make_server(path, on_connection, on_request):
 
     class Server(socketserver.UnixStreamServer):
         request_queue_size = 128
+        inode = None  # of `path`, once that leads to it
 
         def server_bind(self):
             self.inode = bind_private(self.socket, path, self.server_activate)
@@ -3532,14 +3532,11 @@ def make_server(path, on_connection, on_request):
             super().server_close()
 
     check_socket_path(path)
-    server = Server(path, Handler, bind_and_activate=False)
     try:
-        server.server_bind()
+        server = Server(path, Handler)
     except FileExistsError:
-        server.socket.close()
         raise
     except OSError as error:
-        server.socket.close()
         raise Failure("can't listen at %s: %s; give another --socket"
                       % (safe(path), error.strerror))
     server.socket.setblocking(False)
@@ -3785,7 +3782,7 @@ class Daemon:
         self.pool.cancel(self.store.cancelled())
 
     def run(self, on_ready):
-        """Serve until stopped; the exit status."""
+        """Serve until stopped."""
         try:
             on_ready(self.start())
             if self.kind == "daemon":
@@ -3799,7 +3796,6 @@ class Daemon:
             with contextlib.suppress(StorageError), self.store.transaction(durable=False):
                 self.store.add_commands(self.commands)
             self.log("stopped")
-            return 0
         except Exception as error:
             if self.lock.fd is not None:
                 self.log("gives up: %s" % (str(error) or repr(error)))
@@ -3860,11 +3856,6 @@ class Daemon:
 
     def uptime_s(self):
         return monotonic() - self.started
-
-    def about(self):
-        return {"pid": os.getpid(), "version": VERSION, "db": self.db, "socket": self.sock,
-                "uptime_s": int(self.uptime_s()), "workers": self.pool.count(),
-                "wanted": self.wanted, "stopping": self.stopping}
 
     # -- the loop
 
@@ -4332,13 +4323,13 @@ class Queue:
         finally:
             lock.release()
         try:
-            return ask(self.check_holder(holder), request)
+            return ask(self.socket_of(holder), request)
         except Unreachable as error:
             raise Unreachable("pid %s holds the lock of %s, but %s" % (
                 holder.get("pid", "unknown"), safe(self.place.db), error))
 
-    def check_holder(self, holder):
-        """The socket of the lock's holder, after a look at what the user gave."""
+    def socket_of(self, holder):
+        """That of the lock's holder, unless the user gave another."""
         path = holder.get("socket")
         if not isinstance(path, str):
             raise Unreachable("it is no daemon")
@@ -4911,15 +4902,19 @@ def completion_script(shell, table):
     return script.replace("ROWS", "\n".join(rows), 1)
 
 
-def printed(text):
+def print_text(text):
     """Write a line and flush, so that a full disk or a closed pipe shows here."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
-def print_line(value):
-    """A value as JSON in one line, on stdout."""
-    printed(compact(value))
+def print_compact(value):
+    """As JSON in one line."""
+    print_text(compact(value))
+
+
+def print_indented(value):
+    print_text(indented(value))
 
 
 def tell(line):
@@ -5191,12 +5186,12 @@ def enqueue_lines(queue, args, fields):
         count = int(answer["message"].split()[1])
         stored, held = stored + count, held + len(jobs) - count
         if args.quiet:
-            printed("\n".join(answer["ids"]))
+            print_text("\n".join(answer["ids"]))
         progress.show(["%d stored" % stored])
     progress.close()
     warn(answer)
     if not args.quiet:
-        print_line(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
+        print_compact(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
 
 
 @subcommand("enqueue", WHAT, *JOB_FLAGS, QUIET)
@@ -5222,9 +5217,9 @@ def cmd_enqueue(queue, args):
     answer = queue.call("enqueue", job=job if fields else args.job, cwd=working_directory())
     warn(answer)
     if args.quiet:
-        printed(answer["id"])
+        print_text(answer["id"])
         return None
-    print_line(reply(answer["message"], id=answer["id"]))
+    print_compact(reply(answer["message"], id=answer["id"]))
     tell("id: %s" % safe(answer["id"]))
     if not is_held(answer):
         tell("command: %s" % safe(job["command"]))
@@ -5254,12 +5249,11 @@ def cmd_daemon(queue, args):
         options = [] if args.workers is None else ["--workers", str(args.workers)]
         options += [] if args.grace is None else ["--grace", "%dms" % args.grace]
         tell(start_in_background(place, *options))
-        return None
+        return
     if args.only is None:
         shed_syntax_tree()
-    daemon = Daemon(place, kind="daemon" if args.only is None else "run", only=args.only,
-                    workers=args.workers, grace=args.grace)
-    return daemon.run(announce)
+    Daemon(place, kind="daemon" if args.only is None else "run", only=args.only,
+           workers=args.workers, grace=args.grace).run(announce)
 
 
 @subcommand("daemon stop", duration_arg("--grace", "stop jobs that still run after it"))
@@ -5276,7 +5270,7 @@ def cmd_daemon_stop(queue, args):
     gone_by = monotonic() + 1  # at once, but in another container that number may be anyone's
     while started and process_start(answer["pid"]) == started and monotonic() < gone_by:
         time.sleep(0.02)
-    print_line(reply("Stopped daemon"))
+    print_compact(reply("Stopped daemon"))
 
 
 @subcommand("daemon status")
@@ -5285,7 +5279,7 @@ def cmd_daemon_status(queue, args):
 
     daemon status
     --db /srv/q.db daemon status"""
-    printed(indented(queue.call("daemon", "status")["message"]))
+    print_indented(queue.call("daemon", "status")["message"])
 
 
 @subcommand("worker start", count_arg("--count", "how many (default 1)", default=1))
@@ -5296,13 +5290,13 @@ def cmd_worker_start(queue, args):
     worker start --count 3"""
     for last in (False, True):
         try:
-            print_line(queue.call("worker", "start", count=args.count))
+            print_compact(queue.call("worker", "start", count=args.count))
             return
         except (NoDaemon, NobodyThere):
             make_default_folder(queue.place)
         try:
             tell(start_in_background(queue.place, "--workers", str(args.count)))
-            print_line(reply("Started %s" % plural(args.count, "worker")))
+            print_compact(reply("Started %s" % plural(args.count, "worker")))
             return
         except Served:
             if last:
@@ -5316,7 +5310,7 @@ def cmd_worker_stop(queue, args):
 
     worker stop
     worker stop --count 1 --now"""
-    print_line(queue.call("worker", "stop", count=args.count, now=args.now))
+    print_compact(queue.call("worker", "stop", count=args.count, now=args.now))
 
 
 @subcommand("worker list", *LISTING)
@@ -5348,7 +5342,7 @@ def watch_status(queue):
             plain = " ".join("%s %d" % pair for pair in told["jobs"].items()) + (
                 " workers %d%s" % (told["workers"], " paused" * ("paused" in told)))
             if not drawing.able and plain != before:
-                printed(plain)
+                print_text(plain)
                 before = plain
             time.sleep(POLL_S)
     finally:
@@ -5364,7 +5358,7 @@ def cmd_status(queue, args):
     if args.watch:
         with watching():
             watch_status(queue)
-    printed(indented(queue.call("status")["message"]))
+    print_indented(queue.call("status")["message"])
 
 
 def job_pages(queue, state):
@@ -5392,7 +5386,7 @@ def cmd_show(queue, args):
 
     show hello
     show hello | grep error"""
-    printed(indented(queue.call("show", id=args.id)["message"]))
+    print_indented(queue.call("show", id=args.id)["message"])
 
 
 def employ(queue, job_id):
@@ -5547,7 +5541,7 @@ def cmd_wait(queue, args):
         raise failure_of(ids[0], *ended[ids[0]])
     if dead:
         raise Failure("%s died; see: dlq list" % plural(dead, "job"))
-    print_line(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty"))
+    print_compact(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty"))
 
 
 class Terminated(KeyboardInterrupt):
@@ -5659,13 +5653,13 @@ def cmd_drain(queue, args):
             died += more
     if died:
         raise Failure("%s died; see: dlq list" % plural(died, "job"))
-    print_line(reply("Queue drained"))
+    print_compact(reply("Queue drained"))
 
 
 def report(args, done, count):
     """What was done ("cancelled", "deleted"), or would be, to how many jobs."""
     one = len(args.ids) == 1 and not args.dry_run
-    print_line(reply("%s %s%s" % ("Job " + args.ids[0] if one else plural(count, "job"),
+    print_compact(reply("%s %s%s" % ("Job " + args.ids[0] if one else plural(count, "job"),
                                   "would be " * args.dry_run, done)))
 
 
@@ -5715,7 +5709,7 @@ def cmd_pause(queue, args):
 
     pause
     pause --reason 'disk swap, back at 9'"""
-    print_line(queue.call("pause", reason=args.reason))
+    print_compact(queue.call("pause", reason=args.reason))
 
 
 @subcommand("resume")
@@ -5724,7 +5718,7 @@ def cmd_resume(queue, args):
 
     resume
     --db /srv/q.db resume"""
-    print_line(queue.call("resume"))
+    print_compact(queue.call("resume"))
 
 
 @subcommand("dlq list", *LISTING)
@@ -5752,7 +5746,7 @@ def cmd_dlq_retry(queue, args):
         tell(line)
     if refused:
         raise Failure("%s, %d refused" % (done, len(refused)))
-    print_line(reply(done))
+    print_compact(reply(done))
 
 
 @subcommand("config set", KEY, arg("value"))
@@ -5761,7 +5755,7 @@ def cmd_config_set(queue, args):
 
     config set max-retries 5
     config set timeout 10m"""
-    print_line(queue.call("config", "set", key=args.key, value=args.value))
+    print_compact(queue.call("config", "set", key=args.key, value=args.value))
 
 
 @subcommand("config get", KEY)
@@ -5770,7 +5764,7 @@ def cmd_config_get(queue, args):
 
     config get max-retries
     config get backoff"""
-    print_line(queue.call("config", "get", key=args.key)["message"])
+    print_compact(queue.call("config", "get", key=args.key)["message"])
 
 
 @subcommand("config unset", KEY)
@@ -5779,7 +5773,7 @@ def cmd_config_unset(queue, args):
 
     config unset timeout
     config unset on-dead"""
-    print_line(queue.call("config", "unset", key=args.key))
+    print_compact(queue.call("config", "unset", key=args.key))
 
 
 @subcommand("config list")
@@ -5788,7 +5782,7 @@ def cmd_config_list(queue, args):
 
     config list
     config list | grep timeout"""
-    printed(indented(queue.call("config", "list")["message"]))
+    print_indented(queue.call("config", "list")["message"])
 
 
 @subcommand("metrics", arg("--format", "json (default), or prometheus for its collectors",
@@ -5800,9 +5794,9 @@ def cmd_metrics(queue, args):
     metrics --format prometheus >queuectl.prom"""
     metrics = queue.call("metrics")["message"]
     if args.format == "json":
-        printed(indented(metrics))
+        print_indented(metrics)
     elif "commands_recorded" in metrics:
-        printed(exposition(metrics))
+        print_text(exposition(metrics))
     else:
         raise Failure("the daemon is of an older version; restart it: daemon stop, worker start")
 
@@ -5827,7 +5821,7 @@ def cmd_check(queue, args):
     age, ended = (ms and ms // 1000 for ms in (args.max_age, args.within))
     status, line = judge(found, {"pending": args.max_pending, "dead": args.max_dead, "age": age,
                                  "ended": ended}, args.completed)
-    printed(line)
+    print_text(line)
     return status
 
 
@@ -5843,7 +5837,7 @@ def cmd_backup(queue, args):
         raise Failure("no queue at %s; name it with --db" % safe(path))
     signal.signal(signal.SIGTERM, terminate)  # so that no half of it is left
     count = back_up(path, os.path.abspath(os_path(args.file)))
-    print_line(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
+    print_compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
 
 
 @subcommand("doctor", *LISTING)
@@ -5868,7 +5862,7 @@ def cmd_systemd(queue, args):
 
     systemd | sudo tee /etc/systemd/system/queuectl.service
     systemd --user >~/.config/systemd/user/queuectl.service"""
-    printed(systemd_unit(queue.place, args.user))
+    print_text(systemd_unit(queue.place, args.user))
     tell("save it as %s/queuectl.service, then: systemctl%s daemon-reload; systemctl%s enable --now"
          " queuectl" % (("~/.config/systemd/user", " --user", " --user") if args.user
                         else ("/etc/systemd/system", "", "")))
@@ -5921,7 +5915,7 @@ def cmd_completion(queue, args):
 
     completion bash >~/.local/share/bash-completion/completions/queuectl
     completion fish >~/.config/fish/completions/queuectl.fish"""
-    printed(completion_script(args.shell, completions()))
+    print_text(completion_script(args.shell, completions()))
 
 
 # ---- Main ---------------------------------------------------------------------------------------
@@ -6038,7 +6032,7 @@ def complain(argv, problem, status):
     """Say what went wrong, in one line; the exit status. `check` has its own form of both."""
     if is_check(argv):
         with contextlib.suppress(OSError):
-            printed("UNKNOWN - %s" % problem.replace("|", "/"))
+            print_text("UNKNOWN - %s" % problem.replace("|", "/"))
         return 3
     tell(compact({"success": False, "message": "Error: %s" % problem}))
     return status
