@@ -4245,13 +4245,6 @@ def make_default_folder(place):
             raise Failure("can't make %s: %s; give a --db" % (safe(folder), error.strerror))
 
 
-class NobodyThere(Failure):
-    """Only a socket was given, and no daemon listens there."""
-
-    def __init__(self, path):
-        super().__init__("no daemon at %s; name the queue with --db" % safe(path))
-
-
 def shell_quote(text):
     import shlex
     return shlex.quote(text)
@@ -4289,14 +4282,13 @@ class Queue:
             return answer
         details = {key: value for key, value in answer.items() if key not in ("success", "message")}
         message = str(answer.get("message"))
-        if details.get("no_daemon"):
-            raise NoDaemon(self.place.db)
         raise Failure(message[7:] if message.startswith("Error: ") else message, **details)
 
     def ask_at_socket(self, request):
         """Only a socket was given: whatever is served there."""
         if knock(self.place.socket) != "live":
-            raise NobodyThere(self.place.socket)
+            raise Failure("no daemon at %s; name the queue with --db" % safe(self.place.socket),
+                          no_daemon=True)
         return ask(self.place.socket, request)
 
     def ask_queue(self, request):
@@ -5065,9 +5057,8 @@ def command_line(argv):
 
 def job_fields(args):
     """What the command line says of a job."""
-    fields = {name: getattr(args, name) for name in (
-        "id", "priority", "run_after", "timeout", "max_retries", "cwd", "unique")
-        if getattr(args, name) is not None}
+    fields = {name: value for name, value in vars(args).items()
+              if name in FIELDS and value is not None}
     if args.argv is not None:
         if args.job is not None or not args.argv:
             raise Usage("one command is needed, after --, like: -- make -j4")
@@ -5204,7 +5195,8 @@ def cmd_enqueue(queue, args):
     enqueue - <jobs.jsonl"""
     fields = job_fields(args)
     if args.job == "-":
-        return enqueue_lines(queue, args, fields)
+        enqueue_lines(queue, args, fields)
+        return
     if args.argv is not None:
         job = fields
     elif args.job is None:
@@ -5218,12 +5210,11 @@ def cmd_enqueue(queue, args):
     warn(answer)
     if args.quiet:
         print_text(answer["id"])
-        return None
+        return
     print_compact(reply(answer["message"], id=answer["id"]))
     tell("id: %s" % safe(answer["id"]))
     if not is_held(answer):
         tell("command: %s" % safe(job["command"]))
-    return None
 
 
 def announce(line):
@@ -5292,8 +5283,10 @@ def cmd_worker_start(queue, args):
         try:
             print_compact(queue.call("worker", "start", count=args.count))
             return
-        except (NoDaemon, NobodyThere):
-            make_default_folder(queue.place)
+        except Failure as error:
+            if "no_daemon" not in error.details:
+                raise
+        make_default_folder(queue.place)
         try:
             tell(start_in_background(queue.place, "--workers", str(args.count)))
             print_compact(reply("Started %s" % plural(args.count, "worker")))
