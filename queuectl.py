@@ -2829,6 +2829,13 @@ def versions(request):
         VERSION, safe(str(request.get("version", "unversioned"))[:20]))
 
 
+def unknown_command(request):
+    """The Failure for a request that means none of OPERATIONS."""
+    return Failure("unknown command %s (%s); known are %s" % (
+        safe(compact([request["command"], request.get("option")])[:80]), versions(request),
+        ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
+
+
 def resolve(request):
     """The Call that a request stands for; Failure when it makes none."""
     command, option = request["command"], request.get("option") or None
@@ -2838,9 +2845,7 @@ def resolve(request):
     try:
         found = OPERATIONS[command, option]
     except (KeyError, TypeError):
-        raise Failure("unknown command %s (%s); known are %s" % (
-            safe(compact([command, option])[:80]), versions(request),
-            ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
+        raise unknown_command(request)
     if flag is not None:
         arguments = {str(flag).lstrip("-").replace("-", "_"): value}
     elif isinstance(value, dict):
@@ -2848,27 +2853,26 @@ def resolve(request):
     else:
         arguments = {} if value is None else {found.bare: value}
     given = {}
-    for name, one in arguments.items():
+    for name, value in arguments.items():
         if name not in found.names:
             raise Failure("%s takes no %s (%s)" % (
                 command, "value" if name is None else "argument " + safe(str(name)[:80]),
                 versions(request)))
-        if one is not None:  # null: as if it were not there
+        if value is not None:  # null: as if it were not there
             check = ARGUMENTS.get(name)
-            given[name] = checked(name, check, one) if check else one
+            given[name] = checked(name, check, value) if check else value
     return Call(found, given, request.get("once"))
 
 
 def perform(context, call):
     """Do what is asked; a write that was done before is only answered again."""
-    function = call.operation.function
-    if not call.operation.writes or not is_text(call.once):
-        return function(context, **call.arguments)
-    answered = context.store.recall(call.once)
+    remembered = call.operation.writes and is_text(call.once)
+    answered = context.store.recall(call.once) if remembered else None
     if answered is not None:
         return json.loads(answered)
-    answer = function(context, **call.arguments)
-    context.store.remember(call.once, compact(answer))
+    answer = call.operation.function(context, **call.arguments)
+    if remembered:
+        context.store.remember(call.once, compact(answer))
     return answer
 
 
@@ -3113,6 +3117,26 @@ def op_show(context, id=None):
     return reply(dict(job.public(), waiting_for=waiting_for(context, job), history=history))
 
 
+def output_piece(store, job_id, attempt, offset, limit):
+    """(bytes, what `op_logs` tells of them)."""
+    past = {one["number"]: one for one in store.attempts(job_id)}
+    running = {claim.number: claim for claim in store.open_claims(job_id)}
+    last = max([*past, *running], default=None)
+    number = last if attempt is None else attempt
+    serial, piece = None, (b"", offset, 0)
+    if number in running:
+        serial = running[number].serial
+        piece = Spool(store.path).piece(running[number], offset, limit) or (
+            b"", offset, offset + 1)  # being cut: there is more to come
+    elif number in past:
+        serial, cut = past[number]["serial"], past[number]["output_cut"]
+        start = max(offset, cut)
+        piece = store.output(serial, start - cut, limit), start, cut + past[number]["output_kept"]
+    data, start, end = piece
+    return data, {"attempt": number, "serial": serial, "start": start, "end": end, "last": last,
+                  "over": number in past}
+
+
 @operation("logs", bare="id")
 def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=False):
     """A piece of what an attempt (None: the last) wrote, in base64, from byte `offset` of it on.
@@ -3123,23 +3147,10 @@ def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=Fa
     """
     import base64
     store, job = context.store, known_job(context.store, id)
-    past = {one["number"]: one for one in store.attempts(job.id)}
-    running = {claim.number: claim for claim in store.open_claims(job.id)}
-    last = max([*past, *running], default=None)
-    number = last if attempt is None else attempt
-    piece, serial = (b"", offset, 0), None
-    if number in running:
-        serial = running[number].serial
-        piece = Spool(store.path).piece(running[number], offset, limit)
-    elif number in past:
-        serial, cut = past[number]["serial"], past[number]["output_cut"]
-        start = max(offset, cut)
-        piece = store.output(serial, start - cut, limit), start, cut + past[number]["output_kept"]
     if work and context.daemon and job.state not in FINISHED:
         context.daemon.take_on(job.id)
-    data, start, end = piece or (b"", offset, offset + 1)  # being cut: there is more to come
-    return reply(base64.b64encode(data).decode(), attempt=number, serial=serial, start=start,
-                 end=end, last=last, over=number in past, state=job.state,
+    data, told = output_piece(store, job.id, attempt, offset, limit)
+    return reply(base64.b64encode(data).decode(), **told, state=job.state,
                  exit_code=job.exit_code, error=job.error, served=context.daemon is not None,
                  waiting_for=waiting_for(context, job), db=store.path)
 
@@ -3203,10 +3214,11 @@ def op_metrics(context):
     average = totals["runtime_ms"] / 1000.0 / totals["completed"] if totals["completed"] else 0
     uptime_s, commands, workers = (
         (daemon.uptime_s(), daemon.commands, daemon.pool.count()) if daemon else (0, 0, 0))
+    recorded = store.total_commands()
     return reply({
         "total_jobs": sum(counts.values()), "completed_jobs": counts["completed"],
         "uptime": "%d min" % (uptime_s / 60),
-        "total_commands": store.total_commands() + commands,
+        "total_commands": recorded + commands,
         "average_runtime": round(average, 3), "max_runtime": totals["longest_ms"] / 1000.0,
         "dead_jobs": counts["dead"], "failed_attempts": totals["failed"],
         "jobs_enqueued": totals["enqueued"], "jobs_completed": totals["completed"],
@@ -3214,7 +3226,7 @@ def op_metrics(context):
         "jobs": counts, "uptime_s": int(uptime_s),
         "total_runtime": totals["runtime_ms"] / 1000.0, "database_bytes": store.size(),
         # Those that a kill of the daemon can't take back: a counter must not fall.
-        "commands_recorded": store.total_commands()})
+        "commands_recorded": recorded})
 
 
 @operation("worker", "start", bare="count", writes=True, needs_daemon=True)
@@ -3893,11 +3905,11 @@ class Daemon:
         at = [self.look_at, self.forced_at]
         if self.pool.orphans and now >= self.retry_at:
             at.append(self.pool.look_at)
-        if now < self.pool.hold_until and (self.pool.uneven or self.hungry):
+        if now < self.pool.hold_until:
             at.append(self.pool.hold_until)
         if self.retry_at:
             at.append(self.retry_at)
-        elif self.store.next_due is not None:
+        else:  # next_due is known, or a turn were wanted
             at.append(now + (self.store.next_due - now_ms()) / 1000.0)
         return max(min(at) - now, 0.0)
 
@@ -4221,10 +4233,10 @@ def default_db():
     return os.path.join(folder, "queuectl.db")
 
 
-def locate(db, sock, environ):
-    """The Place that flags and environment name. An empty variable counts as unset."""
-    db = db or environ.get("DB_PATH") or None
-    sock = sock or environ.get("SOCKET_PATH") or None
+def locate(db, sock):
+    """The Place that flags or environment name. An empty variable counts as unset."""
+    db = db or os.environ.get("DB_PATH") or None
+    sock = sock or os.environ.get("SOCKET_PATH") or None
     path = os_path(db or default_db())
     check_links(os.path.abspath(path))
     place = Place(os.path.realpath(path), db is not None,
@@ -5939,13 +5951,12 @@ def overview(prefix=""):
 
 
 def parse_group(name, rest):
-    """`queuectl dlq` alone: its help, or an error that tells what is known. Does not return."""
+    """Not a command, but maybe the first word of some, like dlq: their help if that is asked for,
+    else an error that tells what is known. Does not return."""
     known = [full for full in COMMANDS if full.startswith(name + " ")]
     if known and set(rest) & {"-h", "--help"}:
         new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
             manual(full)[1][0] for full in known)).parse_args(["--help"])
-    if known and not rest:
-        raise Usage("%s what? known are %s" % (name, ", ".join(known)))
     raise Usage("unknown command %s; known are %s" % (
         safe(" ".join([name] + rest[:1])), ", ".join(known or COMMANDS)))
 
@@ -6035,8 +6046,7 @@ def main(argv):
     """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
     try:
         function, args = parse([utf8(argument) for argument in argv])
-        place = locate(args.db, args.socket, os.environ)
-        return function(Queue(place, tell), args) or 0
+        return function(Queue(locate(args.db, args.socket), tell), args) or 0
     except Failure as error:
         return complain(argv, str(error), error.exit_code)
     except KeyboardInterrupt as interrupt:
