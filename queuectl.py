@@ -2813,7 +2813,7 @@ ARGUMENTS = {  # what an argument of that name must be, whatever the operation; 
     "upto": as_position,
     "offset": as_position,
     "limit": lambda value: as_int(value, 0, PAGE_OUTPUT),
-    "attempt": as_position,
+    "attempt": lambda value: as_int(value, 1, 1 << 62),
     "count": as_count,
     "older_than": as_ms,
     "grace": as_ms,
@@ -3803,7 +3803,7 @@ class Daemon:
             gc.collect()
             if hasattr(gc, "freeze"):
                 gc.freeze()  # the workers go on sharing what is loaded now
-            while not self.finished():
+            while not self.may_end():
                 self.step()
             with contextlib.suppress(StorageError), self.store.transaction(durable=False):
                 self.store.add_commands(self.commands)
@@ -3825,15 +3825,16 @@ class Daemon:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def finished(self):
+    def may_end(self):
+        """Whether it is stopping and has nothing left to wait for."""
+        if self.writes or not self.stopping:
+            return False
         if self.yielded:
-            return not self.writes
+            return True
         if self.kind == "daemon" and any(one.attended for one in self.pool.orphans.values()):
             return False
-        waited_for = set(self.pool.hands)
-        if self.retry_at:  # noted outcomes wait for the next daemon as well
-            waited_for -= set(self.pool.rung)
-        return self.stopping and not waited_for and not self.writes
+        noted = self.pool.rung if self.retry_at else ()  # these wait for the next daemon as well
+        return set(self.pool.hands) <= set(noted)
 
     def stop(self, grace=None):
         """Claim no more and wait for running jobs; after `grace` ms stop them too."""
@@ -3857,7 +3858,7 @@ class Daemon:
             self.wanted = len(self.only)
             self.pool.uneven = self.hungry = True
 
-    def is_done(self):
+    def out_of_work(self):
         """Whether a temporary daemon has no more to do."""
         if self.kind == "daemon" or self.writes or any(
                 hand.claim for hand in self.pool.hands.values()):
@@ -3884,7 +3885,7 @@ class Daemon:
         if now >= self.look_at:
             self.look(now)
         self.turn(now)
-        if not self.stopping and self.is_done():
+        if not self.stopping and self.out_of_work():
             self.done = True
             self.stop()
         if self.pool.uneven:
@@ -3949,13 +3950,11 @@ class Daemon:
             self.trouble(error, now)
 
     def notice_clock(self):
-        """A clock that was set back leaves backoffs too far ahead."""
+        """After a step of the wall clock other jobs are due, and backoffs may be too far ahead."""
         offset = now_ms() - int(monotonic() * 1000)
-        if offset < self.clock - 1000:
+        if abs(offset - self.clock) > 1000:
             with self.store.transaction(durable=False):
                 self.store.pull_in(now_ms())
-        if abs(offset - self.clock) > 1000:
-            self.store.next_due = None
         self.clock = offset
 
     def tell_status(self):
@@ -4360,14 +4359,14 @@ class Queue:
         store = open_store(lock, "command") if lock else Store(":memory:")
         with contextlib.closing(store):
             self.mention_other()
-            answer = self.do_in(store, call)
+            answer = self.settle_and_do(store, call)
         stored = call.operation.writes and not call.arguments.get("dry_run")
         self.note("daemon not running; %s %s" % (
             "no queue yet at" if lock is None else "stored in" if stored else "read from",
             safe(self.place.db)))
         return answer
 
-    def do_in(self, store, call):
+    def settle_and_do(self, store, call):
         """Record what ended meanwhile, then do it. Stopping what is left is the daemon's work."""
         spool, boot, now = Spool(self.place.db), boot_id(), now_ms()
         results = []
@@ -5166,6 +5165,21 @@ def read_job(text, fields, what="the job"):
     return dict(job, **fields)
 
 
+def enqueue_batch(queue, lines, fields, ids, last):
+    """The answer to the jobs that these lines are; a Failure names the one that is wrong, and
+    `last`, up to which those before are stored."""
+    jobs = []
+    try:
+        for _, line in lines:
+            jobs.append(read_job(line, fields, "it"))
+        return queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory(), ids=ids)
+    except Failure as error:
+        wrong = len(jobs) if len(jobs) < len(lines) else error.details.get("index", 0)
+        raise Failure("line %d: %s; %s" % (
+            lines[wrong][0], error,
+            "lines 1 to %d are stored" % last if last else "nothing is stored"))
+
+
 def enqueue_lines(queue, args, fields):
     """JSON Lines from stdin, in batches that are each stored whole or not at all; what `fields`
     holds is the same for all."""
@@ -5174,20 +5188,10 @@ def enqueue_lines(queue, args, fields):
     if sys.stdin is None:
         raise Failure("there is nothing to read: stdin is closed")
     for lines in batches(sys.stdin.buffer):
-        jobs = []
-        try:
-            for _, line in lines:
-                jobs.append(read_job(line, fields, "it"))
-            answer = queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory(),
-                                ids=args.quiet)
-        except Failure as error:
-            wrong = len(jobs) if len(jobs) < len(lines) else error.details.get("index", 0)
-            raise Failure("line %d: %s; %s" % (
-                lines[wrong][0], error,
-                "lines 1 to %d are stored" % last if last else "nothing is stored"))
+        answer = enqueue_batch(queue, lines, fields, args.quiet, last)
         last = lines[-1][0]
         count = int(answer["message"].split()[1])
-        stored, held = stored + count, held + len(jobs) - count
+        stored, held = stored + count, held + len(lines) - count
         if args.quiet:
             print_text("\n".join(answer["ids"]))
         progress.show(["%d stored" % stored])
