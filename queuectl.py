@@ -5101,26 +5101,21 @@ def warn(answer):
         tell("no worker runs; start one with: worker start")
 
 
-def pauses():
-    """Sleep between two looks of a command that watches, at first but briefly."""
-    pause = 0.01
-    while True:
-        time.sleep(pause)
-        pause = min(pause * 1.3, POLL_S)
-        yield
-
-
-class Hint:
-    """What is waited for: told after a second, and when it has become another."""
+class Wait:
+    """Sleeps between two looks of a command that watches, at first but briefly. What is waited for
+    is told after a second, and when it has become another."""
 
     def __init__(self):
-        self.at = monotonic() + 1
+        self.pause_s = 0.01
+        self.hint_at = monotonic() + 1
         self.told = None
 
-    def __call__(self, what):
-        if what and what != self.told and monotonic() > self.at:
+    def __call__(self, what=None):
+        if what and what != self.told and monotonic() > self.hint_at:
             tell("waiting for %s" % what)
             self.told = what
+        time.sleep(self.pause_s)
+        self.pause_s = min(self.pause_s * 1.3, POLL_S)
 
 
 @contextlib.contextmanager
@@ -5270,10 +5265,9 @@ def cmd_daemon_stop(queue, args):
     daemon stop
     daemon stop --grace 30s"""
     answer = queue.call("daemon", "stop", grace=args.grace)
-    started, hint = process_start(answer["pid"]), Hint()
+    started, wait = process_start(answer["pid"]), Wait()
     while is_held_by(answer["pid"], queue.place.db + ".lock"):
-        hint("running jobs; Ctrl-C ends only the waiting")
-        time.sleep(0.02)
+        wait("running jobs; Ctrl-C ends only the waiting")
     gone_by = monotonic() + 1  # at once, but in another container that number may be anyone's
     while started and process_start(answer["pid"]) == started and monotonic() < gone_by:
         time.sleep(0.02)
@@ -5418,14 +5412,14 @@ def hand_on(answer, offset):
 
 def await_end(queue, job_id):
     """Wait until the job has ended, and see to it that somebody works it; the last answer."""
-    idle = pauses()
+    wait = Wait()
     while True:
         answer = queue.call("logs", id=job_id, limit=0, work=True)
         if answer["state"] in FINISHED and (answer["over"] or answer["serial"] is None):
             return answer
         if not answer["served"]:
             employ(queue, job_id)
-        next(idle)
+        wait()
 
 
 def follow(queue, job_id, *, attempt=None, work=False, to_end=True):
@@ -5433,7 +5427,7 @@ def follow(queue, job_id, *, attempt=None, work=False, to_end=True):
     or (not `to_end`) to what there is by now; returns the last answer. With `work` see to it that
     somebody works the job."""
     number, serial, offset, end = attempt, None, 0, 0
-    idle, hint = pauses(), Hint()
+    wait = Wait()
     while True:
         answer = queue.call("logs", id=job_id, attempt=number, offset=offset, work=work)
         if answer["serial"] != serial:  # another attempt than before: from its start
@@ -5443,7 +5437,7 @@ def follow(queue, job_id, *, attempt=None, work=False, to_end=True):
         read = answer["over"] and offset >= answer["end"]
         ended = read if attempt else (read or serial is None) and answer["state"] in FINISHED
         if offset > before and (to_end or offset < end):
-            idle = pauses()
+            wait = Wait()
         elif read and attempt is None and answer["last"] > number:
             number += 1
             tell("attempt %d" % number)
@@ -5452,8 +5446,7 @@ def follow(queue, job_id, *, attempt=None, work=False, to_end=True):
         else:
             if work and not answer["served"]:
                 employ(queue, job_id)
-            hint(answer["waiting_for"])
-            next(idle)
+            wait(answer["waiting_for"])
 
 
 @subcommand("logs", arg("id", metavar="ID"),
@@ -5490,17 +5483,16 @@ def failure_of(job_id, state, exit_code, error):
 
 
 def progress_of(queue, ids, ended):
-    """(done, total, failed) of these jobs, time and again; fills `ended`: id -> (state, exit
-    code, error)."""
+    """(done, total, failed, what hinders them) of these jobs, time and again; fills `ended`:
+    id -> (state, exit code, error)."""
     asked = waiting = ids  # at first all, to see that they exist
-    hint = Hint()
     while True:
         for at in range(0, len(asked), MAX_ASKED):
             answer = queue.call("wait", ids=asked[at:at + MAX_ASKED])
             for job_id, *end in answer["message"]:
                 ended[job_id] = end
-            hint(answer["hindrance"])
-        yield len(ended), len(ids), sum(end[0] == "dead" for end in ended.values())
+        yield (len(ended), len(ids), sum(end[0] == "dead" for end in ended.values()),
+               answer["hindrance"])
         # In turns, so that each is asked before `retention` could take it.
         waiting = [job_id for job_id in waiting[ASKED:] + waiting[:ASKED] if job_id not in ended]
         asked = waiting[:ASKED]
@@ -5508,28 +5500,27 @@ def progress_of(queue, ids, ended):
 
 def progress_of_all(queue):
     """The same for whatever is queued now and later."""
-    before, hint = None, Hint()
+    before = None
     for told in statuses(queue):
-        hint(told["hindrance"])
         now = told["totals"]["completed"], told["totals"]["dead"]
         before = before or now
         done = sum(now) - sum(before)
-        yield done, done + sum(told["jobs"][state] for state in UNFINISHED), now[1] - before[1]
+        yield (done, done + sum(told["jobs"][state] for state in UNFINISHED), now[1] - before[1],
+               told["hindrance"])
 
 
 def watch_progress(steps, timeout):
-    """Draw (done, total, failed) until all is done; how many failed. A Failure once `timeout` ms
-    are over."""
-    drawing, start, idle = Drawing(), monotonic(), pauses()
+    """Draw these steps until all is done; how many failed. A Failure once `timeout` ms are over."""
+    drawing, start, wait = Drawing(), monotonic(), Wait()
     try:
-        for done, total, failed in steps:
+        for done, total, failed, hindrance in steps:
             drawing.show([bar(done, total, failed, monotonic() - start)])
             if done >= total:
                 return failed
             if timeout is not None and monotonic() > start + timeout / 1000.0:
                 raise ended_with(124, "after %s %d of %d jobs had ended; the rest goes on" % (
                     lapse(timeout / 1000.0), done, total))
-            next(idle)
+            wait(hindrance)
     finally:
         drawing.close()
 
@@ -5627,14 +5618,13 @@ def cmd_run(queue, args):
 def outlast(queue):
     """Watch, as a client of the daemon that took over a drain: (jobs that died, whether all is
     done); not all is when that daemon is gone too, or has not come for some seconds."""
-    idle, hint, before, served_at = pauses(), Hint(), None, monotonic()
+    wait, before, served_at = Wait(), None, monotonic()
     for told in statuses(queue):
         before = told["totals"]["dead"] if before is None else before
         served_at = monotonic() if told["served"] else served_at
         if not told["unsettled"] or monotonic() > served_at + 3:
             return told["totals"]["dead"] - before, not told["unsettled"]
-        hint(told["hindrance"])
-        next(idle)
+        wait(told["hindrance"])
 
 
 @subcommand("drain", count_arg("--count", "so many workers (default 1)", default=1))
