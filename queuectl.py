@@ -2777,7 +2777,7 @@ class Pool:
 Context = collections.namedtuple("Context", "store now daemon")
 
 # names: of its arguments, as the function has them after the context; bare: the one that a `value`
-# without a flag stands for
+# by itself stands for, the first unless that is keyword-only
 Operation = collections.namedtuple("Operation", "function names bare writes needs_daemon")
 OPERATIONS = {}  # (command, option) -> Operation
 
@@ -2786,9 +2786,11 @@ OPERATIONS = {}  # (command, option) -> Operation
 Call = collections.namedtuple("Call", "operation arguments once")
 
 
-def operation(command, option=None, *, bare=None, writes=False, needs_daemon=False):
+def operation(command, option=None, *, writes=False, needs_daemon=False):
     def register(function):
-        names = function.__code__.co_varnames[1:function.__code__.co_argcount]
+        code = function.__code__
+        names = code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]
+        bare = names[0] if code.co_argcount > 1 else None
         OPERATIONS[command, option] = Operation(function, names, bare, writes, needs_daemon)
         return function
     return register
@@ -2971,7 +2973,7 @@ def store_jobs(context, given, cwd):
     return told, len(new)
 
 
-@operation("enqueue", bare="job", writes=True)
+@operation("enqueue", writes=True)
 def op_enqueue(context, job=None, cwd=None):
     """Store one job, given as JSON text or as an object."""
     given = decode_json(job, "the job") if isinstance(job, str) else job
@@ -2980,7 +2982,7 @@ def op_enqueue(context, job=None, cwd=None):
                  **new_job_note(context))
 
 
-@operation("enqueue", "batch", bare="jobs", writes=True)
+@operation("enqueue", "batch", writes=True)
 def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
     """Store all of the jobs, or none. Their ids are told only if asked for: the answer is
     remembered."""
@@ -3000,7 +3002,7 @@ def worker_list(context):
 
 
 @operation("status")
-def op_status(context, full=False):
+def op_status(context, *, full=False):
     """Counts; with `full` also what `status --watch` shows."""
     store, daemon = context.store, context.daemon
     told = dict({"jobs": store.counts(), "workers": daemon.pool.count() if daemon else 0},
@@ -3013,7 +3015,7 @@ def op_status(context, full=False):
     return reply(told)
 
 
-@operation("list", bare="state")
+@operation("list")
 def op_list(context, state=None, after=0):
     """A page of jobs, oldest first, beyond `after`; `next` is what comes after, None at the end."""
     page, size = [], 0
@@ -3029,7 +3031,7 @@ def op_list(context, state=None, after=0):
 
 
 @operation("dlq", "list")
-def op_dlq_list(context, after=0):
+def op_dlq_list(context, *, after=0):
     return op_list(context, "dead", after)
 
 
@@ -3044,7 +3046,7 @@ def retry_obstacle(store, job):
     return None
 
 
-@operation("dlq", "retry", bare="ids", writes=True)
+@operation("dlq", "retry", writes=True)
 def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
     """Queue dead jobs again: those named, all or none; of a page of all, those that can be."""
     store, refused = context.store, []
@@ -3062,7 +3064,7 @@ def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
         "Jobs" if count > 1 else "Job", named)), count=count, refused=refused, **page)
 
 
-@operation("cancel", bare="ids", writes=True)
+@operation("cancel", writes=True)
 def op_cancel(context, ids=(), state=None, after=0, upto=None, dry_run=False):
     """Make waiting jobs dead, have running ones stopped: those named, all or none, or a page."""
     store, stopping = context.store, []
@@ -3079,7 +3081,7 @@ def op_cancel(context, ids=(), state=None, after=0, upto=None, dry_run=False):
                  **page)
 
 
-@operation("delete", bare="ids", writes=True)
+@operation("delete", writes=True)
 def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry_run=False):
     """Delete finished jobs: those named, all or none, or some of those in `state` that finished
     `older_than` ms ago or before; `next` is None once there are no more."""
@@ -3106,7 +3108,7 @@ def waiting_for(context, job):
     return hindrance(context) or "a free worker"
 
 
-@operation("show", bare="id")
+@operation("show")
 def op_show(context, id=None):
     """The job with its attempts, first to last, and what it waits for."""
     store, job = context.store, known_job(context.store, id)
@@ -3137,7 +3139,7 @@ def output_piece(store, job_id, attempt, offset, limit):
                   "over": number in past}
 
 
-@operation("logs", bare="id")
+@operation("logs")
 def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=False):
     """A piece of what an attempt (None: the last) wrote, in base64, from byte `offset` of it on.
 
@@ -3155,7 +3157,7 @@ def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=Fa
                  waiting_for=waiting_for(context, job), db=store.path)
 
 
-@operation("wait", bare="ids")
+@operation("wait")
 def op_wait(context, ids=()):
     """[[id, state, exit code, error]] of those of the jobs that have ended."""
     if not isinstance(ids, list) or len(ids) > MAX_ASKED or not all(map(is_text, ids)):
@@ -3167,7 +3169,7 @@ def op_wait(context, ids=()):
                  db=context.store.path)
 
 
-@operation("pause", bare="reason", writes=True)
+@operation("pause", writes=True)
 def op_pause(context, reason=""):
     """Start nothing new until `resume`."""
     context.store.set_paused(reason)
@@ -3190,14 +3192,14 @@ def op_config_set(context, key=None, value=None):
     return reply("Updated %s to %s" % (key, safe(text)))
 
 
-@operation("config", "unset", bare="key", writes=True)
+@operation("config", "unset", writes=True)
 def op_config_unset(context, key=None):
     checked_key(key)
     context.store.set_setting(key, None)
     return reply("%s is back to its default, %s" % (key, compact(context.store.settings[key])))
 
 
-@operation("config", "get", bare="key")
+@operation("config", "get")
 def op_config_get(context, key=None):
     return reply(context.store.settings[checked_key(key)])
 
@@ -3229,7 +3231,7 @@ def op_metrics(context):
         "commands_recorded": recorded})
 
 
-@operation("worker", "start", bare="count", writes=True, needs_daemon=True)
+@operation("worker", "start", writes=True, needs_daemon=True)
 def op_worker_start(context, count=1):
     if context.daemon and context.daemon.stopping:
         raise Failure("the daemon is stopping; try again when it is gone")
@@ -3245,7 +3247,7 @@ def op_worker_list(context):
     return reply(worker_list(context))
 
 
-@operation("worker", "stop", bare="count", writes=True, needs_daemon=True)
+@operation("worker", "stop", writes=True, needs_daemon=True)
 def op_worker_stop(context, count=None, now=False):
     """Want `count` workers fewer (None: none at all); `now`: stop their jobs, give them back."""
     wanted = context.store.wanted()
@@ -3256,7 +3258,7 @@ def op_worker_stop(context, count=None, now=False):
     return reply("Stopped workers" if count is None else "Stopped %s" % plural(fewer, "worker"))
 
 
-@operation("daemon", "stop", bare="grace", needs_daemon=True)
+@operation("daemon", "stop", needs_daemon=True)
 def op_daemon_stop(context, grace=None):
     """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
     context.daemon.stop(grace)
