@@ -4787,12 +4787,12 @@ def systemd_unit(place, user):
         "target": "default.target" if user else "multi-user.target"}
 
 
-# A completion script for each shell: the form of a word, of a row of words for what was typed, and
-# the script around the rows. All do the same: find the command (`at`) and the flag before the
-# cursor (`prev`); offer the values of that flag, else flags after a -, else what follows the
-# command, else files.
+# A completion script for each shell: the form of a word and of what it is (which bash can't show),
+# of a row of words for what was typed, and the script around the rows. All do the same: find the
+# command (`at`) and the flag before the cursor (`prev`); offer the values of that flag, else flags
+# after a -, else what follows the command, else files.
 SHELLS = {
-    "bash": ("%s", "    %s) echo %s ;;", """\
+    "bash": ("%s%.0s", "    %s) echo %s ;;", """\
 _queuectl_words() {
     case "$1" in
 ROWS
@@ -4896,14 +4896,9 @@ complete -c queuectl.py -f -a '(__queuectl)'"""),
 def completion_script(shell, table):
     """The script for `shell`; table: {what was typed: [(word, what it is)]}."""
     form, row, script = SHELLS[shell]
-    rows = []
-    for typed, words in sorted(table.items()):
-        if shell == "bash":
-            offered = shell_quote(" ".join(word for word, _ in words))
-        else:
-            offered = " ".join(shell_quote(form % (word, about) if about else word)
-                               for word, about in words)
-        rows.append(row % (shell_quote(typed), offered))
+    rows = [row % (shell_quote(typed), " ".join(
+        shell_quote(form % (word, about) if about else word) for word, about in words))
+            for typed, words in sorted(table.items())]
     return script.replace("ROWS", "\n".join(rows), 1)
 
 
