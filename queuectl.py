@@ -2809,7 +2809,7 @@ def as_position(value):
     return as_int(value, 0, 1 << 62)
 
 
-ARGUMENTS = {  # what an argument of that name must be, whatever the operation; others see themselves
+ARGUMENTS = {  # what one of that name must be, whatever the operation; the rest these check themselves
     "state": lambda value: one_of(value, STATES),
     "after": as_position,
     "upto": as_position,
@@ -2885,13 +2885,18 @@ def known_job(store, job_id):
     return job
 
 
+def check_state(state, states, ids):
+    """That of the jobs which an operation on `states` means; nobody names jobs as well."""
+    if state not in states or ids:
+        raise BadField("state", "must be one of %s, and without ids" % ", ".join(states))
+
+
 def selected(context, states, ids, state, after, upto=None):
     """([Job], what the answer tells of the page) of the jobs that a request means: those named,
     each of which must be in one of `states`, or a page of those in `state` beyond `after`, none of
     them later than `upto`: an operation may itself enqueue."""
     if state is not None:
-        if state not in states or ids:
-            raise BadField("state", "must be one of %s, and without ids" % ", ".join(states))
+        check_state(state, states, ids)
         upto = context.store.last_row() if upto is None else upto
         rows = context.store.jobs(state, after, PAGE_JOBS)
         jobs = [job for rowid, job in rows if rowid <= upto]
@@ -3091,7 +3096,7 @@ def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry
         if not dry_run:
             context.store.delete([job.id for job in jobs])
     else:
-        checked("state", one_of, state, FINISHED)
+        check_state(state, FINISHED, ids)
         before = iso(context.now + 1 - older_than)
         act = context.store.count_finished if dry_run else context.store.purge
         count = act(state, before)
@@ -4274,7 +4279,7 @@ class Queue:
     def __init__(self, place, note):
         self.place = place
         self.note = note
-        self.mentioned = None  # another queue: once is enough
+        self.mentioned = False  # whether there is another queue: once is enough
 
     def by_socket(self):
         """Whether only a socket was given: the queue is whatever is served there."""
@@ -4403,9 +4408,9 @@ class Queue:
             DEFAULT_SOCKET, safe(about["db"]), shell_quote(about["db"]))
 
     def mention_other(self):
-        line = self.other_queue()
-        if line and line != self.mentioned:
-            self.mentioned = line
+        line = None if self.mentioned else self.other_queue()
+        self.mentioned = True
+        if line:
             self.note(line)
 
     def database(self):

@@ -1401,6 +1401,7 @@ class OperationsTest(StoreCase):
                 ("cancel", None, ["a"] * 1001, "1 to 1000"), ("cancel", None, 5, "name the jobs"),
                 ("delete", None, {"state": "dead", "older_than": -1}, "field older_than"),
                 ("delete", None, {"state": "failed"}, "field state"),
+                ("delete", None, {"ids": ["a"], "state": "dead"}, "field state"),
                 ("wait", None, "a", "ids must be"), ("wait", None, ["none"], "no job none"),
                 ("pause", None, {"reason": {}}, "field reason"),
                 ("daemon", "yield", {"kind": "daemon"}, "does not give way"),
