@@ -5264,7 +5264,6 @@ def cmd_daemon(queue, args):
 def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone.
 
-    daemon stop
     daemon stop --grace 30s"""
     answer = queue.call("daemon", "stop", grace=args.grace)
     started, wait = process_start(answer["pid"]), Wait()
@@ -5280,8 +5279,7 @@ def cmd_daemon_stop(queue, args):
 def cmd_daemon_status(queue, args):
     """Show the daemon's pid, version, paths and workers.
 
-    daemon status
-    --db /srv/q.db daemon status"""
+    daemon status"""
     print_indented(queue.call("daemon", "status")["message"])
 
 
@@ -5289,7 +5287,6 @@ def cmd_daemon_status(queue, args):
 def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many.
 
-    worker start
     worker start --count 3"""
     for last in (False, True):
         try:
@@ -5313,7 +5310,6 @@ def cmd_worker_start(queue, args):
 def cmd_worker_stop(queue, args):
     """End workers, each after its current job; they are no longer wanted.
 
-    worker stop
     worker stop --count 1 --now"""
     print_compact(queue.call("worker", "stop", count=args.count, now=args.now))
 
@@ -5358,7 +5354,6 @@ def watch_status(queue):
 def cmd_status(queue, args):
     """Show the number of jobs in each state, and of workers.
 
-    status
     status --watch"""
     if args.watch:
         with watching():
@@ -5380,7 +5375,6 @@ def job_pages(queue, state):
 def cmd_list(queue, args):
     """Show jobs, oldest first.
 
-    list
     list --state completed --format table"""
     print_rows(args, job_pages(queue, args.state), JOB_COLUMNS)
 
@@ -5634,7 +5628,6 @@ def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
     or waiting for another try; exits 1 if a job died.
 
-    drain
     drain --count 4"""
     make_default_folder(queue.place)
     queue.note = silent
@@ -5708,7 +5701,6 @@ def cmd_purge(queue, args):
 def cmd_pause(queue, args):
     """Start nothing new; running jobs go on. Kept over restarts.
 
-    pause
     pause --reason 'disk swap, back at 9'"""
     print_compact(queue.call("pause", reason=args.reason))
 
@@ -5717,8 +5709,7 @@ def cmd_pause(queue, args):
 def cmd_resume(queue, args):
     """End the pause.
 
-    resume
-    --db /srv/q.db resume"""
+    resume"""
     print_compact(queue.call("resume"))
 
 
@@ -5726,7 +5717,6 @@ def cmd_resume(queue, args):
 def cmd_dlq_list(queue, args):
     """Show the dead jobs.
 
-    dlq list
     dlq list -q"""
     print_rows(args, job_pages(queue, "dead"), JOB_COLUMNS)
 
@@ -5781,7 +5771,6 @@ def cmd_config_unset(queue, args):
 def cmd_config_list(queue, args):
     """Show all settings.
 
-    config list
     config list | grep timeout"""
     print_indented(queue.call("config", "list")["message"])
 
@@ -5791,7 +5780,6 @@ def cmd_config_list(queue, args):
 def cmd_metrics(queue, args):
     """Show counters and run times.
 
-    metrics
     metrics --format prometheus >queuectl.prom"""
     metrics = queue.call("metrics")["message"]
     if args.format == "json":
