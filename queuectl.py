@@ -2809,7 +2809,7 @@ def as_position(value):
     return as_int(value, 0, 1 << 62)
 
 
-ARGUMENTS = {  # what one of that name must be, whatever the operation; the rest these check themselves
+ARGUMENTS = {  # name -> its check, whatever the operation is; other names those check themselves
     "state": lambda value: one_of(value, STATES),
     "after": as_position,
     "upto": as_position,
@@ -3220,7 +3220,8 @@ def op_metrics(context):
     counts, totals = store.counts(), store.totals()
     average = totals["runtime_ms"] / 1000.0 / totals["completed"] if totals["completed"] else 0
     uptime_s, commands, workers = (
-        (daemon.uptime_s(), daemon.commands, daemon.pool.count()) if daemon else (0, 0, 0))
+        (monotonic() - daemon.started, daemon.commands, daemon.pool.count()) if daemon
+        else (0, 0, 0))
     recorded = store.total_commands()
     return reply({
         "total_jobs": sum(counts.values()), "completed_jobs": counts["completed"],
@@ -3287,7 +3288,7 @@ def op_daemon_yield(context, kind=None):
 def op_daemon_status(context):
     daemon = context.daemon
     return reply({"pid": os.getpid(), "version": VERSION, "db": daemon.db, "socket": daemon.sock,
-                  "uptime_s": int(daemon.uptime_s()), "workers": daemon.pool.count(),
+                  "uptime_s": int(monotonic() - daemon.started), "workers": daemon.pool.count(),
                   "wanted": daemon.wanted, "stopping": daemon.stopping})
 
 
@@ -3767,7 +3768,7 @@ class Daemon:
         """What earlier holders of the lock left: open attempts, run files, numbers, workers."""
         claims, serials = self.store.open_claims(), self.spool.serials()
         given = self.store.last_serial()
-        patiently(lambda: self.begin(self.spool.last_serial()))
+        patiently(self.begin)
         for claim in claims:
             self.pool.orphan(claim)
         self.heed()
@@ -3777,11 +3778,11 @@ class Daemon:
                 signal_command(None, self.spool.run(serial), signal.SIGKILL)
             self.spool.discard(serial)
 
-    def begin(self, serial):
-        """Note the start; no attempt gets a number up to `serial`."""
+    def begin(self):
+        """Note the start, and set right what may have been changed since the last one."""
         store, now = self.store, now_ms()
         with store.transaction():
-            store.raise_serial(serial)
+            store.raise_serial(self.spool.last_serial())
             store.recount()
             store.disown_stranded()
             store.pull_in(now)
@@ -3873,9 +3874,6 @@ class Daemon:
         with contextlib.suppress(StorageError):
             return not (self.store.unsettled(now_ms()) if self.only is None else self.only)
         return False
-
-    def uptime_s(self):
-        return monotonic() - self.started
 
     # -- the loop
 
