@@ -4548,8 +4548,9 @@ def look_at_schema(db, known, number, identity, lacks, damage):
         raise Failure("%s is %s that %s.lock remembers; restore it, or remove the lock file if this"
                       " is meant" % (db, "not the database" if number is not None
                                      else "gone, the queue", db))
-    return "unknown" if damage and number is None else "no database yet" if number is None \
-        else "schema %d of %d" % (number, len(MIGRATIONS))
+    if number is None:
+        return "unknown" if damage else "no database yet"
+    return "schema %d of %d" % (number, len(MIGRATIONS))
 
 
 def look_at_integrity(damage):
@@ -4725,27 +4726,27 @@ def exposition(metrics):
 def judge(found, limits, prefix=None):
     """(exit status, line) as monitoring plugins have them, from what `check` found and the highest
     values allowed, None for any."""
-    waiting, problems, data = found["pending"] + found["failed"], [], []
+    critical, warnings, data = [], [], []
     daemon, paused = found.pop("daemon"), found.pop("paused", None)
+    names = {"ended": "time since a job %s... completed" % safe(prefix or "").replace("|", "/")}
     for name, value in found.items():
         unit, limit = "s" if name in ("age", "ended") else "", limits.get(name)
-        shown = "U" if value is None else "%d%s" % (value, unit)
-        data.append("%s=%s;;%s;0" % (name, shown, "" if limit is None else limit))
+        shown = "unknown" if value is None else "%d%s" % (value, unit)
+        data.append("%s=%s;;%s;0" % (name, "U" if value is None else shown,
+                                     "" if limit is None else limit))
         if limit is not None and (value is None or value > limit):
-            problems.append("%s is %s, over %d%s" % (
-                name if name != "ended" else "time since a job %s... completed" % safe(
-                    prefix).replace("|", "/"), shown.replace("U", "unknown"), limit, unit))
-    status = 2 if problems else 0
+            critical.append("%s is %s, over %d%s" % (names.get(name, name), shown, limit, unit))
+    waiting = found["pending"] + found["failed"]
     if waiting + found["processing"] and not daemon:
-        problems.append("no daemon runs")
+        warnings.append("no daemon runs")
     elif waiting and not found["workers"]:
-        problems.append("no worker runs")
+        warnings.append("no worker runs")
     if paused is not None:
-        problems.append("paused")
-    status = status or int(bool(problems))
-    problems.append("%s waiting, %d dead" % (plural(waiting, "job"), found["dead"]))
-    return status, "%s - %s | %s" % (("OK", "WARNING", "CRITICAL")[status], ", ".join(problems),
-                                     " ".join(data))
+        warnings.append("paused")
+    status = 2 if critical else int(bool(warnings))
+    jobs = "%s waiting, %d dead" % (plural(waiting, "job"), found["dead"])
+    return status, "%s - %s | %s" % (("OK", "WARNING", "CRITICAL")[status],
+                                     ", ".join(critical + warnings + [jobs]), " ".join(data))
 
 
 # grace is shorter than TimeoutStopSec, so that no job is left behind. OOMPolicy: a job that takes
@@ -5586,7 +5587,8 @@ def cmd_run(queue, args):
     run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"""
     if args.argv is None:
         raise Usage("a command is missing, after --, like: run --quiet -- make")
-    say, queue.note = silent if args.quiet else tell, silent
+    say = silent if args.quiet else tell
+    queue.note = silent
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # until it is known whose the job is
     answer = queue.call("enqueue", job=job_fields(args), cwd=working_directory())
     job_id = answer["id"]
