@@ -2776,9 +2776,9 @@ class Pool:
 # store; now: ms; daemon: None without one
 Context = collections.namedtuple("Context", "store now daemon")
 
-# names: of its arguments, as the function has them after the context; bare: the one that a `value`
-# by itself stands for, the first unless that is keyword-only
-Operation = collections.namedtuple("Operation", "function names bare writes needs_daemon")
+# defaults: of its arguments, as the function has them after the context; bare: the one that a
+# `value` by itself stands for, the first unless that is keyword-only
+Operation = collections.namedtuple("Operation", "function defaults bare writes needs_daemon")
 OPERATIONS = {}  # (command, option) -> Operation
 
 # What a request asks for. arguments: {name: value}; once: the key of a write that is sent again
@@ -2788,10 +2788,10 @@ Call = collections.namedtuple("Call", "operation arguments once")
 
 def operation(command, option=None, *, writes=False, needs_daemon=False):
     def register(function):
-        code = function.__code__
-        names = code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]
-        bare = names[0] if code.co_argcount > 1 else None
-        OPERATIONS[command, option] = Operation(function, names, bare, writes, needs_daemon)
+        names = function.__code__.co_varnames[1:function.__code__.co_argcount]
+        defaults = dict(zip(names, function.__defaults__ or ()), **function.__kwdefaults__ or {})
+        OPERATIONS[command, option] = Operation(function, defaults, names[0] if names else None,
+                                                writes, needs_daemon)
         return function
     return register
 
@@ -2856,13 +2856,13 @@ def resolve(request):
         arguments = {} if value is None else {found.bare: value}
     given = {}
     for name, value in arguments.items():
-        if name not in found.names:
+        if name not in found.defaults:
             raise Failure("%s takes no %s (%s)" % (
                 command, "value" if name is None else "argument " + safe(str(name)[:80]),
                 versions(request)))
-        if value is not None:  # null: as if it were not there
-            check = ARGUMENTS.get(name)
-            given[name] = checked(name, check, value) if check else value
+        if name in ARGUMENTS and not (value is None and found.defaults[name] is None):
+            value = checked(name, ARGUMENTS[name], value)
+        given[name] = value
     return Call(found, given, request.get("once"))
 
 
@@ -3779,7 +3779,8 @@ class Daemon:
             self.spool.discard(serial)
 
     def begin(self):
-        """Note the start, and set right what may have been changed since the last one."""
+        """Note the start, and set right what changed since the last one. No attempt gets a number
+        that a file bears."""
         store, now = self.store, now_ms()
         with store.transaction():
             store.raise_serial(self.spool.last_serial())
@@ -4179,7 +4180,7 @@ class Daemon:
             return
         if call.operation.writes:
             self.writes.append((channel, call, monotonic()))
-        elif "after" in call.operation.names and "after" not in call.arguments:
+        elif "after" in call.operation.defaults and "after" not in call.arguments:
             channel.pages, channel.busy = self.pages(call), False
             channel.flush()
         else:
@@ -4337,7 +4338,7 @@ class Queue:
                 holder.get("pid", "unknown"), safe(self.place.db), error))
 
     def socket_of(self, holder):
-        """That of the lock's holder, unless the user gave another."""
+        """Where the lock's holder listens; a Failure if the user gave another place."""
         path = holder.get("socket")
         if not isinstance(path, str):
             raise Unreachable("it is no daemon")
@@ -5806,7 +5807,7 @@ def cmd_check(queue, args):
     if not queue.by_socket() and queue.untouched():
         raise Failure("no queue at %s; name it with --db" % safe(queue.place.db))
     queue.note = silent  # the line is all that a plugin says
-    found = queue.call("check", prefix=args.completed, within=args.within)["message"]
+    found = queue.call("check", prefix=args.completed, within=args.within or 0)["message"]
     age, ended = (ms and ms // 1000 for ms in (args.max_age, args.within))
     status, line = judge(found, {"pending": args.max_pending, "dead": args.max_dead, "age": age,
                                  "ended": ended}, args.completed)

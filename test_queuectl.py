@@ -1402,6 +1402,7 @@ class OperationsTest(StoreCase):
                 ("delete", None, {"state": "dead", "older_than": -1}, "field older_than"),
                 ("delete", None, {"state": "failed"}, "field state"),
                 ("delete", None, {"ids": ["a"], "state": "dead"}, "field state"),
+                ("delete", None, {"state": "dead", "older_than": None}, "field older_than"),
                 ("wait", None, "a", "ids must be"), ("wait", None, ["none"], "no job none"),
                 ("pause", None, {"reason": {}}, "field reason"),
                 ("daemon", "yield", {"kind": "daemon"}, "does not give way"),
