@@ -4004,8 +4004,9 @@ class Daemon:
         try:
             with self.store.transaction(durable=bool(writes)):
                 done = record_results(self.store, results, now_ms())
-                answers = [(channel, self.answer(call)) for channel, call, _ in writes]
+                self.chores = self.chores or bool(writes)  # they may mean rows just written
                 self.do_chores()
+                answers = [(channel, self.answer(call)) for channel, call, _ in writes]
                 claims = self.claim(now, done)
         except StorageError as error:
             self.pool.look_at = 0.0

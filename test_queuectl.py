@@ -1256,6 +1256,20 @@ class OperationsTest(StoreCase):
         daemon.hungry = daemon.chores = False  # a look in between finds nothing to do
         self.assertTrue(daemon.wants_turn(10.06))
 
+    def test_a_daemons_write_finds_what_another_program_has_just_written(self):
+        with mock.patch("queuectl.Loop"):
+            daemon = queuectl.Daemon(queuectl.Place(":memory:", True, "none", True))
+        daemon.log, daemon.chores = mock.Mock(), False
+        daemon.store, channel = self.store, mock.Mock(open=False)
+        daemon.pool = mock.Mock(idle={}, hold_until=0.0, **{"results.return_value": []})
+        daemon.writes = [(channel, queuectl.resolve(
+            {"command": "dlq", "option": "retry", "value": {"state": "dead"}}), 0.0)]
+        self.sql("INSERT INTO jobs (id, command, state) VALUES (NULL, 'true', 'dead')")
+        daemon.turn(1.0)
+        answer = json.loads(channel.send.call_args[0][0].decode())
+        self.assertEqual((answer.get("count"), self.counts()), (1, {"pending": 1}))
+        self.assertEqual(self.ids(), [queuectl.as_id(one) for one in self.ids()])
+
     def test_enqueue_answers_with_the_id(self):
         answer = {"success": True, "message": "Job enqueued", "id": "a"}
         self.assertEqual(self.ask("enqueue", job={"id": "a", "command": "x"}, cwd="/w"), answer)
