@@ -1034,6 +1034,11 @@ def marks(values):
     return ", ".join("?" * len(values))
 
 
+def finished(before):
+    """Which jobs are in :state and, unless None, have finished before :before."""
+    return "state = :state" + " AND finished_at < :before" * (before is not None)
+
+
 def sqlite_uri(path):
     """How SQLite is told any path: Python 3.6 gives it no other bytes than UTF-8."""
     return "file:" + "".join(map("%%%02x".__mod__, os.fsencode(path)))
@@ -1497,11 +1502,12 @@ class Store:
         self.hold_keys([job])
 
     def purge(self, state, before):
-        """Delete jobs in `state` that finished before that date, some at a time; the number."""
+        """Delete jobs in `state`, some at a time: those that finished before that date (None: all,
+        whatever the clock said then); the number."""
         return self.write("""DELETE FROM jobs
                              WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_finished
-                                             WHERE finished_at < ? AND state = ?
-                                             LIMIT ?)""", (before, state, PURGE))
+                                             WHERE %s LIMIT :most)""" % finished(before),
+                          {"state": state, "before": before, "most": PURGE})
 
     def kept_since(self, now):
         """The date before which completed jobs are not kept; "", before all dates: all are."""
@@ -1513,9 +1519,9 @@ class Store:
         return self.purge("completed", self.kept_since(now))
 
     def count_finished(self, state, before):
-        """How many jobs in `state` finished before that date."""
-        return self.value("""SELECT COUNT(*) FROM jobs INDEXED BY jobs_finished
-                             WHERE finished_at < ? AND state = ?""", (before, state))
+        """How many jobs `purge` would delete in the end."""
+        return self.value("SELECT COUNT(*) FROM jobs INDEXED BY jobs_finished WHERE "
+                          + finished(before), {"state": state, "before": before})
 
     def has_chores(self, now):
         """Whether there are rows to adopt or to purge."""
@@ -3089,7 +3095,7 @@ def op_cancel(context, ids=(), state=None, after=0, upto=None, dry_run=False):
 @operation("delete", writes=True)
 def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry_run=False):
     """Delete finished jobs: those named, all or none, or some of those in `state` that finished
-    `older_than` ms ago or before; `next` is None once there are no more."""
+    `older_than` ms ago or before (0: all); `next` is None once there are no more."""
     if state is None:
         jobs, more = selected(context, FINISHED, ids, None, 0)[0], False
         count = len(jobs)
@@ -3097,7 +3103,7 @@ def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry
             context.store.delete([job.id for job in jobs])
     else:
         check_state(state, FINISHED, ids)
-        before = iso(context.now + 1 - older_than)
+        before = iso(context.now + 1 - older_than) if older_than else None
         act = context.store.count_finished if dry_run else context.store.purge
         count = act(state, before)
         more = not dry_run and count == PURGE

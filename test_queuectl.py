@@ -1328,6 +1328,16 @@ class OperationsTest(StoreCase):
                          "Jobs a, b added to queue")
         self.assertEqual(self.shown("a", "state", "attempts"), ("pending", 0))
 
+    def test_a_purge_without_an_age_means_all_whatever_the_clock_says(self):
+        self.kill("a")  # at NOW + 1000: then the clock was set back
+        self.add("b")
+        self.sql("UPDATE jobs SET state = 'dead' WHERE id = 'b'")  # without a time
+        for value, count in (({"older_than": 1}, 0), ({"dry_run": True}, 2), ({}, 2)):
+            with self.subTest(value=value):
+                answer = self.ask("delete", state="dead", **value)
+                self.assertEqual((answer["count"], answer["next"]), (count, None))
+        self.assertEqual(self.counts(), {})
+
     def test_config_is_set_got_and_listed(self):
         self.assertEqual(self.ask("config", "set", key="timeout", value="90s")["message"],
                          "Updated timeout to 90s")
