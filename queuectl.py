@@ -1324,11 +1324,12 @@ class Store:
             self.connection.text_factory = str
         return [(row[0], Job._make(row[1:])) for row in rows]
 
-    def adopt(self, rowid, job):
-        """(new) -> pending, or whatever state another program gave its row."""
+    def adopt(self, rowid, job, died=False):
+        """(new) -> pending, or whatever state another program gave its row; `died`: by this."""
         self.write("UPDATE jobs SET %s WHERE rowid = ?" % ", ".join(
             '"%s" = ?' % name for name in Job._fields), tuple(job) + (rowid,))
-        self.write("UPDATE totals SET enqueued = enqueued + ?", (not job.runs,))
+        self.write("UPDATE totals SET enqueued = enqueued + ?, dead = dead + ?",
+                   (not job.runs, died))
         self.expect(job.due)
 
     def open_serial(self, job_id):
@@ -1564,10 +1565,12 @@ class Store:
                           (now,)) == 1
 
     def latest(self, state, limit):
-        """The Jobs in `state` that finished last, latest first."""
+        """The Jobs in `state` that finished last, latest first. Another program that sets the
+        state may note no time: such are none of the last."""
         return [Job._make(row) for row in self.query(
             """SELECT %s FROM jobs INDEXED BY jobs_finished
-               WHERE state = ? ORDER BY finished_at DESC LIMIT ?""" % COLUMNS, (state, limit))]
+               WHERE state = ? AND finished_at IS NOT NULL
+               ORDER BY finished_at DESC LIMIT ?""" % COLUMNS, (state, limit))]
 
     def attempts(self, job_id):
         """[dict] of the job's closed attempts, first to last."""
@@ -3356,8 +3359,9 @@ def adopt_strangers(store, now):
                                locked_at=None)
             job = (job.waiting(verdict.due, now)._replace(run_after=iso(verdict.due))
                    if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
-        store.adopt(rowid, job._replace(serial=None))
-        if job.state == "dead" != row.state:
+        died = job.state == "dead" != row.state
+        store.adopt(rowid, job._replace(serial=None), died)
+        if died:
             on_job_death(store, job.id, now)
     return len(strangers)
 

@@ -799,6 +799,20 @@ class StoreTest(StoreCase):
                 self.assertFalse(self.store.has_chores(NOW))
                 self.counts()
 
+    def test_a_row_by_hand_that_dies_is_counted_one_that_came_dead_is_not(self):
+        for name, state in (("a", "odd"), ("b", "dead"), ("c", "processing")):
+            self.sql("INSERT INTO jobs (id, command, state, attempts) VALUES (?, 'x', ?, 2)",
+                     name, state)
+        self.adopt()
+        totals = self.store.totals()
+        self.assertEqual((self.counts(), totals["enqueued"], totals["dead"]), ({"dead": 3}, 3, 2))
+
+    def test_a_job_without_the_time_of_its_end_is_none_of_the_latest(self):
+        self.kill("a")
+        self.add("b")
+        self.sql("UPDATE jobs SET state = 'dead' WHERE id = 'b'")
+        self.assertEqual([job.id for job in self.store.latest("dead", 5)], ["a"])
+
     def test_a_running_job_deleted_by_hand_leaves_no_trace(self):
         self.add("a")
         claim, = self.claim()
@@ -866,7 +880,7 @@ class StoreTest(StoreCase):
                  " VALUES (?, 'x', '2026-01-15', 1)", "i" * 200000)
         self.adopt()
         self.end(self.claim()[0], 1)
-        env = json.loads(self.store.latest("pending", 9)[0].env)
+        env = json.loads(self.store.jobs("pending", 0, 9)[0][1].env)
         self.assertEqual((env["QUEUECTL_DEAD_ID"], env["QUEUECTL_DEAD_ERROR"]),
                          ("i" * 1000, "exit 1"))
 
