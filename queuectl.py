@@ -2647,6 +2647,7 @@ class Pool:
     def drop(self, hand):
         """Forget it; its end of the socket closes, so it leaves if it lives."""
         hand.channel.close()
+        hand.channel = None  # it knows the hand: neither would go, nor the descriptors of both
         hand.file.close()
         for group in (self.hands, self.idle, self.rung):
             group.pop(hand.slot, None)

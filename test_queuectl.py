@@ -1843,6 +1843,18 @@ class DaemonTest(QueueCase):
         self.assertIn(b"ready", isolated.stdout.readline())
         self.assertNotIn(b"FROM_CODE", read("/proc/%d/cmdline" % isolated.pid))
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc")
+    def test_workers_that_have_gone_leave_no_descriptors(self):
+        daemon = self.daemon("--workers", "3")
+
+        def descriptors():
+            return len(os.listdir("/proc/%d/fd" % daemon.pid))
+        before = descriptors()
+        for _ in range(5):
+            self.ok("worker", "stop")
+            self.ok("worker", "start", "--count", "3")
+        wait_until(lambda: descriptors() <= before, "they are closed", 5)
+
     def test_a_daemon_that_nobody_listens_to_still_starts_workers(self):
         # This command is gone once it is done, and with it the other end of the daemon's stderr.
         subprocess.check_call([sys.executable, SCRIPT, "worker", "start"], env=self.env,
