@@ -3362,6 +3362,8 @@ def adopt_strangers(store, now):
                    if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
         died = job.state == "dead" != row.state
         store.adopt(rowid, job._replace(serial=None), died)
+        if job.unique and job.state in UNFINISHED and not store.holder(job.unique):
+            store.hold_keys([job])  # it had ended, and another has had the key since
         if died:
             on_job_death(store, job.id, now)
     return len(strangers)

@@ -950,6 +950,18 @@ class StoreTest(StoreCase):
         self.sql("DELETE FROM jobs WHERE id = 'b'")
         self.assertEqual((self.store.holder("k"), self.store.holder("none")), (None, None))
 
+    def test_a_job_revived_by_hand_holds_its_key_again_if_it_is_free(self):
+        self.add("a", unique="k")
+        self.end(self.claim()[0])
+        self.add("b", unique="k")
+        for a, b in (("pending", "b"), ("completed", None), ("pending", "a")):
+            with self.subTest(a=a, b=b):
+                self.sql("UPDATE jobs SET state = ? WHERE id = 'a'", a)
+                if b != "b":
+                    self.sql("UPDATE jobs SET state = 'completed' WHERE id = 'b'")
+                self.adopt()
+                self.assertEqual(self.store.holder("k"), b)
+
     def test_a_job_can_have_only_one_open_attempt(self):
         self.add("a")
         self.claim()
