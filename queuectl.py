@@ -1401,16 +1401,16 @@ class Store:
         return claims
 
     def open_claims(self, job_id=None):
-        """The Claims of all open attempts, or those of one job; of a job deleted meanwhile,
-        command is None."""
+        """The Claims of all open attempts, of a job deleted meanwhile with command None; or those
+        of one job of today."""
         return [sound(Claim._make(row), self.settings) for row in self.query(
             """SELECT running.serial, running.slot, running.boot, running.started_at, running.job,
                       jobs.runs, jobs.attempts, jobs.max_retries, jobs.timeout, jobs.command,
                       jobs.cwd, jobs.env
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
-               WHERE running.job = COALESCE(?, running.job)
-               ORDER BY running.serial""", (job_id,))]
+               WHERE :job IS NULL OR jobs.id = :job
+               ORDER BY running.serial""", {"job": job_id})]
 
     def last_serial(self):
         return self.value("SELECT serial FROM totals")

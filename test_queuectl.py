@@ -830,6 +830,7 @@ class StoreTest(StoreCase):
         self.sql("INSERT INTO jobs (id, command, run_after) VALUES ('a', 'new', '2026-01-15')")
         self.adopt()
         self.assertEqual(self.claim(), [])
+        self.assertEqual((self.store.open_claims("a"), len(self.store.open_claims())), ([], 1))
         self.end(claim, 1)
         self.assertEqual(self.shown("a", "state", "attempts"), ("pending", 0))
         self.adopt()
