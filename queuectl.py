@@ -1058,7 +1058,6 @@ class Store:
         self.file = None         # os.stat of the database
         self.synchronous = None  # the level last set
         self.settings = {}       # key -> typed value, as of the last `read_settings`
-        self.next_due = None     # ms: no job comes due earlier; None: unknown
         self.cancels = True      # some open attempt may be cancelled
         self.open()
 
@@ -1174,7 +1173,6 @@ class Store:
 
     def rollback(self):
         """Undo; after trouble of SQLite's own the connection isn't used again."""
-        self.next_due = None
         try:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
@@ -1291,18 +1289,11 @@ class Store:
         self.write_all("INSERT INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields)), jobs)
         self.hold_keys(jobs)
         self.write("UPDATE totals SET enqueued = enqueued + ?", (len(jobs),))
-        for job in jobs:
-            self.expect(job.due)
 
     def hold_keys(self, jobs):
         """From now on the unique keys that they have are theirs."""
         self.write_all("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
                        [(job.unique, job.id) for job in jobs if job.unique])
-
-    def expect(self, due):
-        """Keep `next_due` no later than `due`."""
-        if due is not None and self.next_due is not None:
-            self.next_due = min(self.next_due, due)
 
     def has(self, job_id):
         return self.value("SELECT 1 FROM jobs WHERE id = ?", (job_id,)) is not None
@@ -1330,7 +1321,6 @@ class Store:
             '"%s" = ?' % name for name in Job._fields), tuple(job) + (rowid,))
         self.write("UPDATE totals SET enqueued = enqueued + ?, dead = dead + ?",
                    (not job.runs, died))
-        self.expect(job.due)
 
     def open_serial(self, job_id):
         """The serial of the job's open attempt, or None."""
@@ -1352,19 +1342,18 @@ class Store:
 
     def promote(self, now):
         """Make due jobs ready, so many at a time; the number of them."""
-        promoted = self.write("""UPDATE jobs SET ready = 1, due = NULL
-                                 WHERE rowid IN (SELECT rowid FROM jobs
-                                                 WHERE due > 0 AND due <= :now
-                                                 ORDER BY due LIMIT :most)""",
-                              {"now": now, "most": PROMOTE})
-        self.next_due = self.value("SELECT due FROM jobs WHERE due > 0 ORDER BY due LIMIT 1")
-        if self.next_due is None:
-            self.next_due = now + MAX_MS
-        return promoted
+        return self.write("""UPDATE jobs SET ready = 1, due = NULL
+                             WHERE rowid IN (SELECT rowid FROM jobs
+                                             WHERE due > 0 AND due <= :now
+                                             ORDER BY due LIMIT :most)""",
+                          {"now": now, "most": PROMOTE})
+
+    def next_due(self):
+        """ms when the next job comes due; the end of all dates if none does."""
+        return self.value("SELECT COALESCE(MIN(due), ?) FROM jobs WHERE due > 0", (LAST_MS,))
 
     def pull_in(self, now):
         """Backoffs that reach further than `max-delay` come from a clock that was set back."""
-        self.next_due = None
         return self.write("""UPDATE jobs SET due = :now
                              WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_state
                                              WHERE state = 'failed' AND due > :latest)""",
@@ -1440,7 +1429,6 @@ class Store:
             signal_name(-status) if status is not None and status < 0 else None, verdict.error,
             outcome.dropped, output or None))
         self.count_outcome(verdict, max((outcome.ended_at or now) - claim.started_at, 0))
-        self.expect(verdict.due)
         return True
 
     def count_outcome(self, verdict, runtime):
@@ -1632,8 +1620,8 @@ class Store:
                        FROM (SELECT created_at, run_after FROM jobs
                              WHERE ready = 1 AND priority = ?
                              ORDER BY rowid LIMIT ?)""", (level, LOOKED_AT // len(levels)))))
-        due = self.value("SELECT due FROM jobs WHERE due > 0 ORDER BY due LIMIT 1")
-        if due is not None and due <= now:
+        due = self.next_due()
+        if due <= now:
             times.append(due)
         return min(times, default=None)
 
@@ -3709,6 +3697,7 @@ class Daemon:
         self.writes = []           # (channel, Call, monotonic): to be done in the next turn
         self.hungry = True         # jobs may be ready
         self.chores = True         # rows to adopt or to delete
+        self.next_due = 0          # ms: no job comes due earlier; 0: unknown
         self.look_at = 0.0         # monotonic
         self.retry_at = 0.0        # monotonic: after trouble with the storage; 0: none
         self.pause_s = BUSY_S
@@ -3929,8 +3918,8 @@ class Daemon:
             at.append(self.pool.hold_until)
         if self.retry_at:
             at.append(self.retry_at)
-        else:  # next_due is known, or a turn were wanted
-            at.append(now + (self.store.next_due - now_ms()) / 1000.0)
+        else:
+            at.append(now + (self.next_due - now_ms()) / 1000.0)
         return max(min(at) - now, 0.0)
 
     def wants_turn(self, now):
@@ -3941,7 +3930,7 @@ class Daemon:
 
     def due(self):
         """Whether jobs are due, or it is unknown when they are."""
-        return self.store.next_due is None or self.store.next_due <= now_ms()
+        return self.next_due <= now_ms()
 
     def may_start(self, now):
         return not self.stopping and not self.paused and now >= self.pool.hold_until
@@ -3974,6 +3963,7 @@ class Daemon:
         if abs(offset - self.clock) > 1000:
             with self.store.transaction(durable=False):
                 self.store.pull_in(now_ms())
+            self.next_due = 0
         self.clock = offset
 
     def tell_status(self):
@@ -4021,6 +4011,7 @@ class Daemon:
                 self.do_chores()
                 answers = [(channel, self.answer(call)) for channel, call, _ in writes]
                 claims = self.claim(now, done)
+                self.next_due = self.store.next_due()
         except StorageError as error:
             self.pool.look_at = 0.0
             self.put_off(error, writes, now)

@@ -710,7 +710,7 @@ class StoreTest(StoreCase):
         self.assertEqual(self.store.value("SELECT signal FROM attempts"), "SIGKILL")
         with self.store.transaction():
             self.assertEqual(self.store.promote(NOW + 4999), 0)
-        self.assertEqual((self.claim(), self.store.next_due), ([], NOW + 5000))
+        self.assertEqual((self.claim(), self.store.next_due()), ([], NOW + 5000))
         with self.store.transaction():
             self.assertEqual(self.store.promote(NOW + 5000), 1)
         claim, = self.claim(now=NOW + 5000)
@@ -755,10 +755,10 @@ class StoreTest(StoreCase):
         self.add("a", "b", run_after="2026-01-15T10:30:01Z")
         with mock.patch("queuectl.PROMOTE", 1), self.store.transaction():
             self.assertEqual(self.store.promote(NOW + 1000), 1)
-        self.assertEqual(self.store.next_due, NOW + 1000)
+        self.assertEqual(self.store.next_due(), NOW + 1000)
         with self.store.transaction():
             self.assertEqual(self.store.promote(NOW + 2999), 1)
-        self.assertEqual(self.store.next_due, NOW + 3000)
+        self.assertEqual(self.store.next_due(), NOW + 3000)
         self.assertEqual([claim.job for claim in self.claim(9)], ["a", "b"])
 
     def test_rows_inserted_by_hand_become_jobs(self):
@@ -983,6 +983,7 @@ class StoreTest(StoreCase):
         for name, index, call in (
                 ("claim", "jobs_ready", lambda: store.claim([1], "", NOW)),
                 ("promote", "jobs_due", lambda: store.promote(NOW)),
+                ("next_due", "jobs_due", store.next_due),
                 ("pull_in", "jobs_state", lambda: store.pull_in(NOW)),
                 ("strangers", "jobs_due", store.strangers),
                 ("purge_expired", "jobs_finished", lambda: store.purge_expired(NOW)),
