@@ -1009,7 +1009,8 @@ MIGRATIONS = (
 # inside `transaction()`, takes the time as `now` (ms), and names the arrow it stands for. At the
 # end: what `backup` and `doctor` read, in a process of their own, beside whoever writes.
 
-COLUMNS = ", ".join('"%s"' % name for name in Job._fields)
+# In brackets: an unknown "column" SQLite takes for a text.
+COLUMNS = ", ".join("[%s]" % name for name in Job._fields)
 ATTEMPT = ("number", "worker", "started_at", "finished_at", "exit_code", "signal", "error",
            "serial", "output_cut", "output_kept")
 
@@ -1318,7 +1319,7 @@ class Store:
     def adopt(self, rowid, job, died=False):
         """(new) -> pending, or whatever state another program gave its row; `died`: by this."""
         self.write("UPDATE jobs SET %s WHERE rowid = ?" % ", ".join(
-            '"%s" = ?' % name for name in Job._fields), tuple(job) + (rowid,))
+            "[%s] = ?" % name for name in Job._fields), tuple(job) + (rowid,))
         self.write("UPDATE totals SET enqueued = enqueued + ?, dead = dead + ?",
                    (not job.runs, died))
 
@@ -1738,9 +1739,7 @@ def inspect(path):
                 with contextlib.closing(Store(":memory:")) as fresh:
                     wanted = {row[0] for row in fresh.query(names % "")}
                 lacks = sorted(wanted - set(run(names % "source.")))
-                # With the table's name: else SQLite takes an unknown "column" for a text.
-                run("SELECT %s FROM source.jobs LIMIT 0" % ", ".join(
-                    'jobs."%s"' % name for name in Job._fields))
+                run("SELECT %s FROM source.jobs LIMIT 0" % COLUMNS)
             if 0 < schema <= len(MIGRATIONS):
                 identity, = run("SELECT value FROM source.meta WHERE key = 'identity'")
             lines = run("PRAGMA source.integrity_check(3)")

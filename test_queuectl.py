@@ -578,6 +578,11 @@ class SchemaTest(Case):
             claims = store.claim([1], "boot", queuectl.now_ms())
         self.assertEqual([(claim.job, claim.command) for claim in claims], [("old", "true")])
 
+    def test_a_table_of_jobs_that_lacks_a_column_is_refused(self):
+        self.make(ORIGINAL.replace("locked_at", "locked"))
+        self.refused("no such column: locked_at", queuectl.Store, self.path,
+                     kind=queuectl.StorageError)
+
     def test_a_database_that_the_lock_file_does_not_know_is_refused_untouched(self):
         self.refused("is gone", queuectl.Store, self.path, "other", kind=queuectl.StorageError)
         self.assertFalse(os.path.exists(self.path))
@@ -4266,7 +4271,7 @@ class DoctorTest(QueueCase):
         with contextlib.closing(sqlite3.connect(self.db)) as connection, connection:
             connection.execute("PRAGMA writable_schema = 1")
             connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'exit_code', 'code')")
-        self.finds("integrity", "another program changed it", "no such column: jobs.exit_code")
+        self.finds("integrity", "another program changed it", "no such column: exit_code")
 
     def test_another_queue_behind_the_default_socket_is_found(self):
         self.daemon()
