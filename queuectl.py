@@ -149,7 +149,7 @@ CODE = sys._getframe().f_code   # this file, compiled; see shed_syntax_tree
 
 UNITS_MS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000, "d": 86400000}
 DATE = (r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
-        r"\s?([Zz]|[+-]\d\d(?::?\d\d)?)?)?")
+        r"\s?(?:[Zz]|([+-])(\d\d)(?::?(\d\d))?)?)?")
 
 
 def now_ms():
@@ -173,21 +173,17 @@ def iso(ms):
 
 def parse_date(text):
     """ms since 1970 of an ISO 8601 date-time (also SQLite's form); without an offset it is UTC."""
-    from datetime import datetime, timedelta
+    from datetime import datetime, timezone
     match = re.fullmatch(DATE, text.strip(), re.ASCII) if isinstance(text, str) else None
     if not match:
         raise ValueError("not a date")
-    year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
-    moment = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
-    offset = (match.group(8) or "Z").replace(":", "")
-    if offset not in "Zz":
-        hours, minutes = int(offset[1:3]), int(offset[3:] or 0)
-        if hours > 23 or minutes > 59:
-            raise ValueError("not an offset")
-        ahead = timedelta(hours=hours, minutes=minutes)
-        moment += ahead if offset[0] == "-" else -ahead
-    millis = int(((match.group(7) or "") + "000")[:3])
-    return (moment.days * 86400 + moment.seconds) * 1000 + millis
+    *parts, fraction, sign, hours, minutes = match.groups("0")
+    hours, minutes = int(hours), int(minutes)
+    if hours > 23 or minutes > 59:
+        raise ValueError("not an offset")
+    moment = datetime(*map(int, parts), tzinfo=timezone.utc).timestamp()
+    ahead = (hours * 60 + minutes) * (-60 if sign == "-" else 60)
+    return (int(moment) - ahead) * 1000 + int((fraction + "00")[:3])
 
 
 def parse_duration(text, bare=None):
