@@ -84,7 +84,8 @@ import struct
 import time
 
 # ---- Constants and defaults ---------------------------------------------------------------------
-# What is fixed, and what `config set` may change. Times are milliseconds unless the name says _s.
+# What is fixed; for what `config set` may change see SETTINGS. Times are milliseconds unless the
+# name says _s.
 
 VERSION = "1.0.0"
 STATES = ("pending", "processing", "completed", "failed", "dead")
@@ -125,21 +126,6 @@ POLL_S = 0.2                    # between two looks of a command that watches, a
 IDLE_S = 60.0                   # a connection without a request is closed
 BUSY_S = 0.05                   # SQLite's own wait for a lock: the loop stands still meanwhile
 
-# kind: how the text is read (see `typed`); low, high: the range, or low: the choices
-Setting = collections.namedtuple("Setting", "default kind low high about")
-SETTINGS = {
-    "max-retries": Setting(3, "int", 1, 1000, "attempts in all before a job is dead"),
-    "delay-base": Setting(5000, "ms", 1, MAX_MS, "base of the backoff; counts as 1 s at least"),
-    "backoff": Setting("exponential", "choice", ("exponential", "linear", "fixed"), None,
-                       "how the wait before the next try grows"),
-    "max-delay": Setting(86400000, "ms", 1, MAX_MS, "longest wait before a try"),
-    "jitter": Setting(0, "int", 0, 100, "percent the wait is spread by, up and down"),
-    "timeout": Setting(5000, "ms", 0, MAX_MS, "longest run of an attempt, 0: no limit"),
-    "output-limit": Setting(65536, "int", 0, 16 << 20, "bytes of output kept of each attempt"),
-    "retention": Setting(0, "ms", 0, MAX_MS, "how long completed jobs are kept, 0: for ever"),
-    "shell": Setting("/bin/sh -c", "argv", None, None, "what a command is appended to"),
-    "on-dead": Setting("", "line", None, None, "a shell line, enqueued whenever a job dies"),
-}
 DEFAULT_SOCKET = "/tmp/queuectl.sock"
 CODE = sys._getframe().f_code   # this file, compiled; see shed_syntax_tree
 
@@ -594,7 +580,7 @@ def split_shell(text):
     """The argv that the `shell` setting stands for."""
     import shlex
     argv = shlex.split(as_text(text))
-    if not argv:
+    if not any(argv[:1]):
         raise ValueError("must name a program, like /bin/sh -c")
     return argv
 
@@ -617,16 +603,32 @@ def as_command(value):
     return value
 
 
-def typed(setting, text):
-    """The value of a Setting from its text; ValueError when it can't be one."""
-    if setting.kind == "choice":
-        return one_of(text, setting.low)
-    if setting.kind == "argv":
-        return " ".join(split_shell(text)) and text
-    if setting.kind == "line":
-        return text and as_command(text)
-    number = parse_duration(text, bare="ms") if setting.kind == "ms" else whole(text)
-    return in_range(number, setting.low, setting.high)
+def number_from(low, high):
+    return lambda text: in_range(whole(text), low, high)
+
+
+def ms_from(low):
+    return lambda text: in_range(parse_duration(text, bare="ms"), low, MAX_MS)
+
+
+# check: returns the value that a text stands for
+Setting = collections.namedtuple("Setting", "default check about")
+SETTINGS = {
+    "max-retries": Setting(3, number_from(1, 1000), "attempts in all before a job is dead"),
+    "delay-base": Setting(5000, ms_from(1), "base of the backoff; counts as 1 s at least"),
+    "backoff": Setting("exponential", lambda text: one_of(text, ("exponential", "linear", "fixed")),
+                       "how the wait before the next try grows"),
+    "max-delay": Setting(86400000, ms_from(1), "longest wait before a try"),
+    "jitter": Setting(0, number_from(0, 100), "percent the wait is spread by, up and down"),
+    "timeout": Setting(5000, ms_from(0), "longest run of an attempt, 0: no limit"),
+    "output-limit": Setting(65536, number_from(0, 16 << 20),
+                            "bytes of output kept of each attempt"),
+    "retention": Setting(0, ms_from(0), "how long completed jobs are kept, 0: for ever"),
+    "shell": Setting("/bin/sh -c", lambda text: split_shell(text) and text,
+                     "what a command is appended to"),
+    "on-dead": Setting("", lambda text: text and as_command(text),
+                       "a shell line, enqueued whenever a job dies"),
+}
 
 
 def checked_key(key):
@@ -638,7 +640,7 @@ def checked_key(key):
 
 def read_setting(key, value):
     """The typed value of setting `key` given as text or number; BadField, or Failure if unknown."""
-    return checked(key, typed, SETTINGS[checked_key(key)], str(value).strip())
+    return checked(key, SETTINGS[checked_key(key)].check, str(value).strip())
 
 
 def as_id(value):

@@ -415,7 +415,7 @@ class SettingsTest(Case):
                 ("delay-base", "0", "-1", "1w", "", "1.5s"), ("backoff", "Linear", "", "none"),
                 ("jitter", "101", "-1", "5%"), ("timeout", "-1", str(10 ** 12 + 1), "20d 1h"),
                 ("output-limit", "1k", str((16 << 20) + 1)), ("retention", "ever"),
-                ("shell", "", " ", "'sh", "a\0", "\ud800")):
+                ("shell", "", " ", "''", "'sh", "a\0", "\ud800")):
             self.refusals(lambda value: queuectl.read_setting(key, value),
                           ("field %s " % key,) + tuple(values), kind=queuectl.BadField)
 
