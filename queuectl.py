@@ -1055,7 +1055,7 @@ class Store:
         self.known = known
         self.connection = None   # None after trouble: the next use opens anew
         self.file = None         # os.stat of the database
-        self.synchronous = None  # the level last set
+        self.synchronous = None  # the level last set on this connection
         self.settings = {}       # key -> typed value, as of the last `read_settings`
         self.cancels = True      # some open attempt may be cancelled
         self.open()
@@ -1071,7 +1071,6 @@ class Store:
             self.connection = sqlite3.connect(
                 self.path if self.path == ":memory:" else sqlite_uri(self.path),
                 timeout=BUSY_S, isolation_level=None, uri=True)
-            self.synchronous = None
             version = self.identify()
             # A new file's: a turn of the loop touches a dozen pages, each written whole.
             self.query("PRAGMA page_size = 1024")
@@ -1141,7 +1140,7 @@ class Store:
                 self.query("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
 
     def close(self):
-        connection, self.connection = self.connection, None
+        connection, self.connection, self.synchronous = self.connection, None, None
         if connection is not None:
             with contextlib.suppress(Exception):  # closing is all that is wanted of it
                 connection.close()
@@ -1151,8 +1150,6 @@ class Store:
     @contextlib.contextmanager
     def transaction(self, *, durable=True):
         """All or nothing; with `durable` it is on the disk when the block has ended."""
-        if self.connection is None:
-            self.open()
         level = "FULL" if durable else "NORMAL"
         if self.synchronous != level:  # before BEGIN: SQLite ignores it in a transaction
             self.query("PRAGMA synchronous = " + level)
@@ -1294,9 +1291,6 @@ class Store:
         self.write_all("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
                        [(job.unique, job.id) for job in jobs if job.unique])
 
-    def has(self, job_id):
-        return self.value("SELECT 1 FROM jobs WHERE id = ?", (job_id,)) is not None
-
     def holder(self, key):
         """The id of the unfinished job that holds the unique key, or None."""
         return self.value("""SELECT jobs.id
@@ -1431,13 +1425,13 @@ class Store:
         return True
 
     def count_outcome(self, verdict, runtime):
-        if verdict.state == "completed":
-            self.write("""UPDATE totals
-                          SET completed = completed + 1, runtime_ms = runtime_ms + :ms,
-                              longest_ms = MAX(longest_ms, :ms)""", {"ms": runtime})
-        else:
-            self.write("UPDATE totals SET failed = failed + 1, dead = dead + ?",
-                       (verdict.state == "dead",))
+        completed = verdict.state == "completed"
+        self.write("""UPDATE totals
+                      SET completed = completed + :completed, failed = failed + NOT :completed,
+                          dead = dead + :dead, runtime_ms = runtime_ms + :ms,
+                          longest_ms = MAX(longest_ms, :ms)""",
+                   {"completed": completed, "dead": verdict.state == "dead",
+                    "ms": runtime if completed else 0})
 
     def mark_cancelled(self, job_id, now):
         """Note that open attempts of that name are to be stopped; whether the job has one: it may
@@ -1609,9 +1603,8 @@ class Store:
         No index has these times: the first in line of each priority are looked at."""
         levels, times = [1001], []
         while levels[-1] is not None:
-            levels.append(self.value("""SELECT priority FROM jobs
-                                        WHERE ready = 1 AND priority < ?
-                                        ORDER BY priority DESC LIMIT 1""", (levels[-1],)))
+            levels.append(self.value(
+                "SELECT MAX(priority) FROM jobs WHERE ready = 1 AND priority < ?", (levels[-1],)))
         for level in levels[1:-1]:
             with contextlib.suppress(ValueError, OverflowError):  # dates by another program's hand
                 times.append(parse_date(self.value(
@@ -2959,7 +2952,7 @@ def store_jobs(context, given, cwd):
             holder = job.unique and (keys.get(job.unique) or store.holder(job.unique))
             if job.id in new and not holder:
                 raise Failure("job id %s stands twice" % safe(job.id))
-            if "id" in fields and not holder and store.has(job.id):
+            if "id" in fields and not holder and store.job(job.id):
                 raise Failure("job id %s is taken; choose another, or leave it out" % safe(job.id))
         except StorageError:
             raise
@@ -3332,7 +3325,7 @@ def adopt_strangers(store, now):
     strangers = store.strangers()
     for rowid, row in strangers:
         job = adopted(row, store.settings, now)
-        if job.id != row.id and store.has(job.id):
+        if job.id != row.id and store.job(job.id):
             job = job._replace(id=new_ids(now)[0])
         serial = store.open_serial(job.id)
         if serial is not None:
