@@ -463,11 +463,17 @@ def read_at(path, start, size):
         os.close(fd)
 
 
+def process_status(pid):
+    """What /proc tells of a process, from its state on (see proc(5)); [] for a zombie."""
+    fields = read_at("/proc/%d/stat" % pid, 0, 4096)[0].rpartition(b")")[2].split()
+    return [] if fields[0] in (b"Z", b"X") else fields
+
+
 def process_start(pid):
     """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie."""
     try:
-        fields = read_at("/proc/%d/stat" % pid, 0, 4096)[0].rpartition(b")")[2].split()
-        return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+        fields = process_status(pid)
+        return fields[19].decode() if fields else ""
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
@@ -1842,14 +1848,13 @@ def settle(record, worker_locked, run_locked, leader_lives, same_boot):
 
 def group_lives(pid, job):
     """Whether a process of that job, no zombie, is left of the group and session `pid` has led."""
-    mark = b"QUEUECTL_JOB_ID=" + job.encode()
+    mark, both = b"QUEUECTL_JOB_ID=" + job.encode(), [b"%d" % pid] * 2
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError,
                                  IndexError):  # it is just going
-            fields = read_at("/proc/%s/stat" % name, 0, 4096)[0].rpartition(b")")[2].split()
-            if int(fields[2]) == int(fields[3]) == pid and fields[0] not in (b"Z", b"X"):
-                if mark in read_at("/proc/%s/environ" % name, 0, 1 << 22)[0].split(b"\0"):
-                    return True
+            if process_status(int(name))[2:4] == both and mark in read_at(
+                    "/proc/%s/environ" % name, 0, 1 << 22)[0].split(b"\0"):
+                return True
     return False
 
 
