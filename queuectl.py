@@ -1929,14 +1929,14 @@ class Attempt:
     """One run of one command, on its worker's side.
 
     `order` is what the daemon sent: serial, id, attempt, command, shell, cwd, env, timeout (ms) and
-    limit (bytes of output kept). `note(**record)` writes the worker's record.
+    limit (bytes of output kept). `write(**record)` writes the worker's record.
     """
 
-    def __init__(self, order, run_file, note):
+    def __init__(self, order, run_file, write):
         self.order = order
-        self.serial = order["serial"]
         self.path = run_file
-        self.note = note
+        self.write = write
+        self.record = {"serial": order["serial"]}  # what is noted of it so far
         self.process = None
         self.output = None      # where the command's stdout and stderr come in
         self.file = None        # the run file, locked
@@ -1947,34 +1947,40 @@ class Attempt:
         self.deadline = None    # monotonic: the next thing to do of its own accord
         self.kill_at = None     # monotonic: end of the grace, once it is being stopped
         self.status = None      # of the leader, once it has ended
-        self.record = {}        # what is noted while it runs
         self.over = False       # all is done and noted
+
+    def note(self, **news):
+        self.record.update(news)
+        self.write(**self.record)
 
     def start(self, now):
         """Make and lock the run file, then start the command."""
-        self.note(serial=self.serial, phase="starting")  # no room for it: better now than later
+        self.note(phase="starting")  # no room for it: better now than later
         try:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(self.file, fcntl.LOCK_EX)
             self.spawn()
         except OSError as error:
-            place, spool = os.fsdecode(error.filename or ""), os.path.dirname(self.path)
-            if place == self.path:
-                place = spool  # a number would make each line of the log another
-            there = place == os_path(self.order["cwd"])
-            place = place and (" in " if there or place == spool else " ") + safe(place)
-            own_fault = error.errno not in UNSTARTED or there and error.errno == errno.EIO
-            self.finish("refused" if own_fault else "unstarted",
-                        "can't start%s: %s" % (place, os.strerror(error.errno)))
+            self.fail(error)
             return
         except (AttributeError, TypeError, ValueError) as error:  # what another program wrote
             self.finish("refused", "can't start: %s" % safe(str(error)))
             return
-        self.record = {"serial": self.serial, "phase": "running", "pid": self.process.pid,
-                       "start": process_start(self.process.pid)}
-        self.note(**self.record)
+        pid = self.process.pid
+        self.note(phase="running", pid=pid, start=process_start(pid))
         if self.order["timeout"]:
             self.deadline = now + self.order["timeout"] / 1000.0
+
+    def fail(self, error):
+        """It can't be started, by its own fault or because the host lacks something."""
+        place, spool = os.fsdecode(error.filename or ""), os.path.dirname(self.path)
+        if place == self.path:
+            place = spool  # a number would make each line of the log another
+        there = place == os_path(self.order["cwd"])
+        place = place and (" in " if there or place == spool else " ") + safe(place)
+        own_fault = error.errno not in UNSTARTED or there and error.errno == errno.EIO
+        self.finish("refused" if own_fault else "unstarted",
+                    "can't start%s: %s" % (place, os.strerror(error.errno)))
 
     def spawn(self):
         import subprocess
@@ -2013,12 +2019,12 @@ class Attempt:
         limit = self.order["limit"]
         with contextlib.suppress(OSError):
             tail = os.pread(self.file, limit, self.size - limit) if limit else b""
-            self.note(dropped=None, **self.record)
+            self.note(dropped=None)
             os.pwrite(self.file, tail, 0)
             os.ftruncate(self.file, len(tail))
             self.dropped += self.size - len(tail)
             self.size = len(tail)
-            self.note(dropped=self.dropped, **self.record)
+            self.note(dropped=self.dropped)
 
     def drain(self):
         """Take what is in the pipe now: whoever still writes there is not waited for."""
@@ -2040,7 +2046,7 @@ class Attempt:
 
     def on_child(self, now):
         """Look whether the leader has ended."""
-        if self.status is not None or self.over:
+        if self.status is not None:
             return
         self.status = exit_status(self.process)
         if self.status is None:
@@ -2087,13 +2093,11 @@ class Attempt:
 
     def finish(self, reason, detail=""):
         """Note the outcome, then reap: until then the pid can't have become another's."""
-        process = self.process
-        self.note(serial=self.serial, phase="ended", pid=process and process.pid, reason=reason,
-                  status=self.status, detail=detail[:300], size=self.size, dropped=self.dropped,
-                  at=now_ms())
+        self.note(phase="ended", reason=reason, status=self.status, detail=detail[:300],
+                  size=self.size, dropped=self.dropped, at=now_ms())
         self.over, self.deadline = True, None
-        if process:
-            process.wait()
+        if self.process:
+            self.process.wait()
         self.close_output()
         self.close_file()
 
@@ -2414,13 +2418,13 @@ class Worker:
             self.leaving = True
             return
         if "stop" in message:
-            if self.attempt and self.attempt.serial == message["stop"]:
+            if self.attempt and self.attempt.order["serial"] == message["stop"]:
                 self.attempt.on_message(message["reason"], now)
             return
-        attempt = self.attempt = Attempt(message, self.spool.run(message["serial"]), self.note)
+        attempt = self.attempt = Attempt(message, self.spool.run(message["serial"]), self.write)
         attempt.start(now)
 
-    def note(self, **record):
+    def write(self, **record):
         """Write the record, and ring once it stands for good."""
         os.pwrite(self.slot_fd, pad(record, RECORD_BYTES), 0)
         if record["phase"] == "ended":
