@@ -1672,19 +1672,21 @@ def copy_database(path, target):
                             ("journal_mode", "OFF"), ("synchronous", "OFF")):
             run("PRAGMA main.%s = %s" % (name, value))
         run("BEGIN")
-        made = run("SELECT type, name, sql FROM source.sqlite_master WHERE sql IS NOT NULL")
-        tables = [name for kind, name, _ in made if kind == "table"]
+        made = run("""SELECT type, name, sql FROM source.sqlite_master
+                      WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_stat*' ORDER BY rowid""")
+        tables = {name: sql for kind, name, sql in made if kind == "table"}
         if "jobs" not in tables:
             raise StorageError("%s holds no queue" % safe(path))
-        for wanted in ("table", "index", "view", "trigger"):
-            for kind, name, sql in made:
-                if kind == wanted and not name.startswith("sqlite_"):
-                    run(sql)
-            for name in tables if wanted == "table" else ():
-                if not name.startswith("sqlite_stat"):
-                    name = name.replace('"', '""')
-                    run('DELETE FROM main."%s"' % name)  # sqlite_sequence counted along
-                    run('INSERT INTO main."%s" SELECT * FROM source."%s"' % (name, name))
+        for name, sql in tables.items():
+            if name != "sqlite_sequence":  # there as soon as it is needed
+                run(sql)
+        for name in tables:
+            name = name.replace('"', '""')
+            run('DELETE FROM main."%s"' % name)  # sqlite_sequence counted along
+            run('INSERT INTO main."%s" SELECT * FROM source."%s"' % (name, name))
+        for kind, _, sql in made:
+            if kind != "table":
+                run(sql)
         run("PRAGMA main.user_version = %d" % run("PRAGMA source.user_version")[0])
         run("COMMIT")
         if run("PRAGMA main.integrity_check") != [("ok",)]:
