@@ -811,20 +811,19 @@ def adopted(job, settings, now):
         timeout=number(job.timeout, 0, MAX_MS, settings["timeout"]),
         priority=number(job.priority, -1000, 1000, 0), due=None, ready=None,
         own=number(job.own, 0, 7, 0), runs=number(job.runs, 0, 1 << 30, 0),
-        exit_code=number(job.exit_code, 0, 255, None),
-        created_at=job.created_at or stamp, updated_at=job.updated_at or stamp,
-        run_after=job.run_after or stamp)
-    wrong = None
-    for field, check in ADOPTED:  # all of them: nothing is left that couldn't be shown
+        exit_code=number(job.exit_code, 0, 255, None), created_at=job.created_at or stamp,
+        updated_at=job.updated_at or stamp, run_after=job.run_after or stamp)
+    problem = None
+    for field, check in ADOPTED:
         value = getattr(job, field)
         try:
             value = None if value is None else check(value)
         except (ValueError, TypeError, RecursionError) as error:
-            wrong = wrong or "field %s %s" % (field, error)
-            value = escaped(value) if field in ("command", "state") else None
+            problem = problem or "field %s %s" % (field, error)
+            value = escaped(value) if field == "command" else None
         job = job._replace(**{field: value})
-    if wrong:
-        return job._replace(state="dead", error=wrong, finished_at=stamp)
+    if problem:
+        return job._replace(state="dead", error=problem, finished_at=stamp)
     if job.state in FINISHED:
         return job._replace(finished_at=job.finished_at or job.updated_at)
     return job.waiting(parse_date(job.run_after), now)._replace(finished_at=None)

@@ -781,6 +781,8 @@ class StoreTest(StoreCase):
                 ("id, command, run_after", ("'e'", "'true'", "'soon'"), ("dead", None)),
                 ("id, command, state", ("'f'", "'true'", "'odd'"), ("dead", None)),
                 ("id, command", ("'g'", "CAST(x'ff' AS TEXT)"), ("dead", None)),
+                ("id, command, run_after, cwd", ("'g'", "CAST(x'ff' AS TEXT)", "'soon'", "x'ff'"),
+                 ("dead", None)),
                 ("id, command, state, attempts", ("'h'", "'true'", "'processing'", "0"),
                  ("failed", NOW + 5000)),
                 ("id, command, state, attempts", ("'i'", "'true'", "'processing'", "2"),
@@ -798,7 +800,7 @@ class StoreTest(StoreCase):
                 self.assertEqual(job.error is None, job.state == "pending" or "'failed'" in values)
                 if job.state != "dead":
                     self.assertEqual((job.created_at, job.updated_at), (STAMP, STAMP))
-                self.assertEqual(job.public()["id"], queuectl.as_id(job.id))
+                self.assertEqual(json.loads(json.dumps(job.public()))["id"], queuectl.as_id(job.id))
                 self.assertEqual([claim.job for claim in self.claim(now=NOW)],
                                  [job.id] if job.ready else [])
                 self.assertFalse(self.store.has_chores(NOW))
