@@ -1239,12 +1239,11 @@ class Store:
     # -- settings and other values
 
     def read_settings(self):
-        """Settings as stored; what is NULL, missing or nonsense has its default."""
-        stored = dict(self.query("SELECT key, value FROM config WHERE value IS NOT NULL"))
-        for key, setting in SETTINGS.items():
-            self.settings[key] = setting.default
+        """Settings as stored; what is missing, NULL or nonsense has its default."""
+        self.settings = {key: setting.default for key, setting in SETTINGS.items()}
+        for key, value in self.query("SELECT key, value FROM config WHERE value IS NOT NULL"):
             with contextlib.suppress(Failure):
-                self.settings[key] = read_setting(key, stored.get(key, setting.default))
+                self.settings[key] = read_setting(key, value)
 
     def set_setting(self, key, value):
         """Store it as text; None: the default."""
@@ -1372,9 +1371,9 @@ class Store:
                              LIMIT ?""" % which, (*(only or ()), len(slots)))
         if not rows:
             return []
-        serial, stamp = self.last_serial(), iso(now)
-        claims = [sound(Claim(serial + i + 1, slot, boot, now, *row[1:]), self.settings)
-                  for i, (slot, row) in enumerate(zip(slots, rows))]
+        serials, stamp = itertools.count(self.last_serial() + 1), iso(now)
+        claims = [sound(Claim(serial, slot, boot, now, *row[1:]), self.settings)
+                  for serial, slot, row in zip(serials, slots, rows)]
         self.write_all("INSERT INTO running VALUES (?, ?, ?, ?, ?, 0)", [
             (claim.serial, claim.job, claim.slot, boot, now) for claim in claims])
         self.write_all(
@@ -2366,7 +2365,7 @@ class Worker:
         """Wait for whatever comes first, and pass it on."""
         ready = [fd for fd, _ in self.poll.poll(self.timeout_ms())]
         attempt = self.attempt
-        if self.hearing in ready and attempt.output is not None:
+        if self.hearing in ready:
             attempt.on_output()
         if self.wake in ready:
             with contextlib.suppress(BlockingIOError):
@@ -2414,16 +2413,13 @@ class Worker:
             self.obey(json.loads(line.decode()))
 
     def obey(self, message):
-        now = monotonic()
         if "leave" in message:
             self.leaving = True
-            return
-        if "stop" in message:
-            if self.attempt and self.attempt.order["serial"] == message["stop"]:
-                self.attempt.on_message(message["reason"], now)
-            return
-        attempt = self.attempt = Attempt(message, self.spool.run(message["serial"]), self.write)
-        attempt.start(now)
+        elif "stop" not in message:
+            self.attempt = Attempt(message, self.spool.run(message["serial"]), self.write)
+            self.attempt.start(monotonic())
+        elif self.attempt and self.attempt.order["serial"] == message["stop"]:
+            self.attempt.on_message(message["reason"], monotonic())
 
     def write(self, **record):
         """Write the record, and ring once it stands for good."""
@@ -2589,22 +2585,19 @@ class Pool:
 
     def start_worker(self, now):
         """Fork one; False (and a pause) where the system has no room for it."""
-        slot_fd = None
         try:
             slot, slot_fd = self.take_slot()
-            file = open(self.spool.worker(slot), "rb", buffering=0)  # apart: it shares no lock
-            ours, theirs = socket.socketpair()
-            with theirs:
-                process = self.context.Process(
-                    target=worker_main, args=(theirs, slot_fd, self.spool, self.open_files))
-                process.start()
+            with open(slot_fd, "rb"):  # ours is closed, the lock lives on in the worker's copy
+                file = open(self.spool.worker(slot), "rb", buffering=0)  # apart: it shares no lock
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    process = self.context.Process(
+                        target=worker_main, args=(theirs, slot_fd, self.spool, self.open_files))
+                    process.start()
         except (OSError, Failure) as error:
             self.log("can't start a worker: %s" % error)
             self.hold_until = now + LOOK_S
             return False
-        finally:
-            if slot_fd is not None:
-                os.close(slot_fd)  # the lock lives on in the worker's copy
         hand = self.hands[slot] = self.idle[slot] = Hand(slot, process, file)
         hand.channel = Channel(ours, self.loop, functools.partial(self.on_bell, hand),
                                functools.partial(self.on_death, hand))
