@@ -2062,22 +2062,18 @@ class Attempt:
         self.on_child(now)  # it may have ended in time, and all of us have stood still since
         if self.over:
             return
-        if self.status is not None:
-            self.sweep(now)
-        elif self.kill_at is None:
+        if self.status is None:
             self.stop("timeout", now)
         else:
-            self.signal(signal.SIGKILL, now)
+            self.sweep(now)
 
     def stop(self, reason, now):
-        """SIGTERM to all of it; SIGKILL after the grace. The first reason stands."""
+        """SIGTERM to all of it, SIGKILL once the grace is over. The first reason stands."""
         self.reason = self.reason or reason
-        if self.kill_at is None:
-            self.signal(signal.SIGTERM, now)
-
-    def signal(self, number, now):
-        signal_command(self.process.pid, self.path, number)
-        self.kill_at = self.deadline = now + GRACE_S
+        if self.kill_at is None or now >= self.kill_at:
+            number = signal.SIGTERM if self.kill_at is None else signal.SIGKILL
+            self.kill_at = self.deadline = now + GRACE_S
+            signal_command(self.process.pid, self.path, number)
 
     def sweep(self, now):
         """After a failure nothing of it may be left: there will be a next attempt."""
@@ -2085,10 +2081,7 @@ class Attempt:
             signal_command(self.process.pid, self.path, signal.SIGKILL)  # who closed the lock
             self.finish(self.reason)
             return
-        if self.kill_at is None:
-            self.stop("", now)
-        elif now >= self.kill_at:
-            self.signal(signal.SIGKILL, now)
+        self.stop("", now)
         self.deadline = now + 0.02  # nothing wakes us when a lock is freed
 
     def finish(self, reason, detail=""):
@@ -2736,8 +2729,7 @@ class Pool:
         """SIGTERM, after the grace SIGKILL."""
         if orphan.kill_at is None or now >= orphan.kill_at:
             number = signal.SIGTERM if orphan.kill_at is None else signal.SIGKILL
-            orphan.kill_at = now + GRACE_S
-            claim = orphan.claim
+            orphan.kill_at, claim = now + GRACE_S, orphan.claim
             signal_command(leader(record, claim.job), self.spool.run(claim.serial), number)
 
     def frees(self, claim):
