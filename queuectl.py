@@ -757,6 +757,8 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".spl
         return self._replace(due=due if due > now else None, ready=None if due > now else 1)
 
 
+# What a job is before it is given anything.
+NEW = dict(dict.fromkeys(Job._fields), state="pending", attempts=0, priority=0, runs=0)
 NO_JOB = 'a job is a JSON object like {"command":"true"}'
 
 
@@ -774,15 +776,14 @@ def make_job(given, settings, now, cwd=None, job_id=None):
         fields[name] = checked(name, FIELDS[name], value)
     if "command" not in fields:
         raise BadField("command", "is required")
-    own = OWN_TIMEOUT * ("timeout" in fields) + OWN_RETRIES * ("max_retries" in fields)
-    stamp, get = iso(now), fields.get
-    run_after = get("run_after", stamp)
-    due = parse_date(run_after) if "run_after" in fields else now
-    return Job(get("id") or job_id or new_ids(now)[0], fields["command"], "pending", 0,
-               get("max_retries", settings["max-retries"]), get("priority", 0),
-               get("timeout", settings["timeout"]), stamp, stamp, run_after, None, None, None,
-               None, None, get("cwd"), get("env"), get("unique"), due if due > now else None,
-               None if due > now else 1, own, 0, None)
+    stamp = iso(now)
+    due = parse_date(fields["run_after"]) if "run_after" in fields else now
+    job = dict(NEW, id=job_id or new_ids(now)[0], max_retries=settings["max-retries"],
+               timeout=settings["timeout"], created_at=stamp, updated_at=stamp, run_after=stamp,
+               due=due if due > now else None, ready=None if due > now else 1,
+               own=OWN_TIMEOUT * ("timeout" in fields) + OWN_RETRIES * ("max_retries" in fields))
+    job.update(fields)
+    return Job(**job)
 
 
 def escaped(value):
