@@ -520,10 +520,9 @@ def holders(path):
         wanted = os.stat(path)
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                for fd in os.listdir("/proc/%s/fd" % pid):
-                    if has_open(pid, fd, wanted) and int(pid) != os.getpid():
-                        found.append(int(pid))
-                        break
+                fds = os.listdir("/proc/%s/fd" % pid)
+                if int(pid) != os.getpid() and any(has_open(pid, fd, wanted) for fd in fds):
+                    found.append(int(pid))
     return found
 
 
@@ -1031,7 +1030,7 @@ def sound(claim, settings):
     numbers = [value if type(value) is int else default
                for value, default in zip(claim[5:9], defaults)]
     texts = [value if value is None or type(value) is str else str(value) for value in claim[9:]]
-    return Claim(*(claim[:5] + tuple(numbers + texts)))
+    return Claim(*claim[:5], *numbers, *texts)
 
 
 def marks(values):
@@ -1139,11 +1138,10 @@ class Store:
     def migrate(self, number):
         """Run migration `number` and note it; all or nothing."""
         with self.transaction():
-            if self.value("PRAGMA user_version") == number:
-                for statement in MIGRATIONS[number]:
-                    self.query(statement)
-                self.query("PRAGMA user_version = %d" % (number + 1))
-                self.query("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
+            for statement in MIGRATIONS[number]:
+                self.query(statement)
+            self.query("PRAGMA user_version = %d" % (number + 1))
+            self.query("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
 
     def close(self):
         connection, self.connection, self.synchronous = self.connection, None, None
@@ -1316,7 +1314,7 @@ class Store:
     def adopt(self, rowid, job, died=False):
         """(new) -> pending, or whatever state another program gave its row; `died`: by this."""
         self.write("UPDATE jobs SET %s WHERE rowid = ?" % ", ".join(
-            "[%s] = ?" % name for name in Job._fields), tuple(job) + (rowid,))
+            "[%s] = ?" % name for name in Job._fields), (*job, rowid))
         self.write("UPDATE totals SET enqueued = enqueued + ?, dead = dead + ?",
                    (not job.runs, died))
 
