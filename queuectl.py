@@ -2162,7 +2162,7 @@ class Channel:
     def receive(self):
         try:
             data = self.sock.recv(65536)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             data = b""
@@ -2185,7 +2185,7 @@ class Channel:
             while self.open and (self.outbox or self.refill()):
                 del self.outbox[:self.sock.send(self.outbox)]
                 self.active_at = monotonic()
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             pass
         except OSError:
             self.close()
@@ -2393,7 +2393,7 @@ class Worker:
         """Orders, stops, or the end of the connection."""
         try:
             data = self.sock.recv(1 << 16)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             data = b""
@@ -2479,6 +2479,10 @@ def worker_main(sock, slot_fd, spool, open_files):
 # worker: pid or None; output: the tail that is kept
 Result = collections.namedtuple("Result", "claim outcome output worker")
 
+# How an attempt ended of which `settle` says that its worker has not noted it.
+UNNOTED = {"give back": {"reason": "unstarted", "detail": "its worker ended before it began"},
+           "lost": {"reason": "worker lost"}}
+
 
 class Hand:
     """A worker as its daemon sees it."""
@@ -2520,13 +2524,9 @@ def result_of(claim, verdict, record, spool, limit, worker=None):
     """The Result for what `settle` says of an attempt: "take", "give back" or "lost"."""
     output, cut = spool.tail(claim.serial, limit) if record.get("size", 1) else (b"", 0)
     dropped = (record.get("dropped") or 0) + cut
-    if verdict == "take":
-        outcome = Outcome(record.get("status"), record.get("reason", ""),
-                          record.get("detail", ""), dropped, record.get("at"))
-    else:
-        reason, detail = (("unstarted", "its worker ended before it began")
-                          if verdict == "give back" else ("worker lost", ""))
-        outcome = Outcome(None, reason, detail, dropped, None)
+    end = UNNOTED.get(verdict, record)
+    outcome = Outcome(end.get("status"), end.get("reason", ""), end.get("detail", ""), dropped,
+                      end.get("at"))
     return Result(claim, outcome, output, worker)
 
 
@@ -2705,19 +2705,19 @@ class Pool:
     def orphan_results(self, limit, now):
         found, soon = [], False
         for orphan in self.orphans.values():
-            verdict, record = examine(orphan.claim, self.spool, self.boot)
+            claim = orphan.claim
+            verdict, record = examine(claim, self.spool, self.boot)
             orphan.attended = verdict == "leave"
-            if orphan.attended and not orphan.reason and is_overdue(
-                    orphan.claim, orphan.since, now):
-                self.log("worker hung: slot %d, job %s" % (orphan.claim.slot, orphan.claim.job))
+            if orphan.attended and not orphan.reason and is_overdue(claim, orphan.since, now):
+                self.log("worker hung: slot %d, job %s" % (claim.slot, claim.job))
                 orphan.reason = "hung"
-            if verdict == "stop" or (verdict == "leave" and orphan.reason):
+            if verdict == "stop" or (orphan.attended and orphan.reason):
                 self.stop_orphan(orphan, record, now)
                 soon = True
-            elif verdict == "leave":
+            elif orphan.attended:
                 soon = soon or now < orphan.since + LOOK_S
             else:
-                result = result_of(orphan.claim, verdict, record, self.spool, limit)
+                result = result_of(claim, verdict, record, self.spool, limit)
                 if orphan.reason == "stopped" and result.outcome.status != 0:
                     result = result._replace(outcome=result.outcome._replace(reason="stopped"))
                 found.append(result)
