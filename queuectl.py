@@ -446,6 +446,7 @@ def check_database(path):
                       " give a --db on a local disk" % (safe(folder), kind))
 
 
+@functools.lru_cache(maxsize=None)  # no process outlives it
 def boot_id():
     """Differs after each boot; "" where the system doesn't say."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
@@ -1868,11 +1869,11 @@ def leader(record, job):
     return pid if lives else None
 
 
-def examine(claim, spool, boot):
+def examine(claim, spool):
     """(what `settle` says of the attempt, its record)."""
     locked = is_locked(spool.worker(claim.slot))  # first: once it is free the record is final
     record = spool.record(claim)
-    same_boot = claim.boot == boot
+    same_boot = claim.boot == boot_id()
     return settle(record, locked, is_locked(spool.run(claim.serial)),
                   same_boot and bool(leader(record, claim.job)), same_boot), record
 
@@ -2540,7 +2541,6 @@ class Pool:
         self.loop = loop
         self.log = log
         self.open_files = open_files
-        self.boot = boot_id()
         self.hands = {}         # slot -> Hand
         self.idle = {}          # slot -> Hand without a job, not leaving
         self.rung = {}          # slot -> Hand whose doorbell rang
@@ -2706,7 +2706,7 @@ class Pool:
         found, soon = [], False
         for orphan in self.orphans.values():
             claim = orphan.claim
-            verdict, record = examine(claim, self.spool, self.boot)
+            verdict, record = examine(claim, self.spool)
             orphan.attended = verdict == "leave"
             if orphan.attended and not orphan.reason and is_overdue(claim, orphan.since, now):
                 self.log("worker hung: slot %d, job %s" % (claim.slot, claim.job))
@@ -4030,7 +4030,7 @@ class Daemon:
             return []
         slots = list(self.pool.idle) if self.hungry else []
         slots += [result.claim.slot for result, _, _ in done if self.pool.frees(result.claim)]
-        claims = self.store.claim(slots, self.pool.boot, now_ms(), self.only) if slots else []
+        claims = self.store.claim(slots, boot_id(), now_ms(), self.only) if slots else []
         if slots:
             self.hungry = len(claims) == len(slots)
         return claims
@@ -4363,10 +4363,10 @@ class Queue:
 
     def settle_and_do(self, store, call):
         """Record what ended meanwhile, then do it. Stopping what is left is the daemon's work."""
-        spool, boot, now = Spool(self.place.db), boot_id(), now_ms()
+        spool, now = Spool(self.place.db), now_ms()
         results = []
         for claim in store.open_claims():
-            verdict, record = examine(claim, spool, boot)
+            verdict, record = examine(claim, spool)
             if verdict not in ("leave", "stop"):
                 results.append(result_of(claim, verdict, record, spool,
                                          store.settings["output-limit"]))
