@@ -1768,10 +1768,10 @@ class Spool:
     def __init__(self, db):
         self.path = db + "-run"
 
-    def worker(self, slot):
+    def worker_file(self, slot):
         return "%s/w.%d" % (self.path, slot)
 
-    def run(self, serial):
+    def run_file(self, serial):
         return "%s/%d" % (self.path, serial)
 
     def record(self, claim, file=None):
@@ -1779,7 +1779,7 @@ class Spool:
         that is open."""
         try:
             data = (os.pread(file.fileno(), RECORD_BYTES, 0) if file else
-                    read_at(self.worker(claim.slot), 0, RECORD_BYTES)[0])
+                    read_at(self.worker_file(claim.slot), 0, RECORD_BYTES)[0])
         except OSError:
             return {}
         record = unpad(data)
@@ -1788,7 +1788,7 @@ class Spool:
     def tail(self, serial, limit):
         """(the last `limit` bytes of the attempt's output, how many came before)."""
         try:
-            data, size = read_at(self.run(serial), -limit, limit)
+            data, size = read_at(self.run_file(serial), -limit, limit)
             return data, max(size - limit, 0)
         except OSError:
             return b"", 0
@@ -1798,7 +1798,7 @@ class Spool:
         left of it on; where they start; where all of it ends); None while it is being cut."""
         before = self.record(claim).get("dropped", 0)
         try:
-            data, size = read_at(self.run(claim.serial), max(offset - (before or 0), 0), limit)
+            data, size = read_at(self.run_file(claim.serial), max(offset - (before or 0), 0), limit)
         except OSError:
             data, size = b"", 0
         if before is None or self.record(claim).get("dropped", 0) != before:
@@ -1807,7 +1807,7 @@ class Spool:
 
     def discard(self, serial):
         with contextlib.suppress(OSError):  # what stays is removed at the next start
-            os.unlink(self.run(serial))
+            os.unlink(self.run_file(serial))
 
     def serials(self):
         """The attempts that have a run file."""
@@ -1871,10 +1871,10 @@ def leader(record, job):
 
 def examine(claim, spool):
     """(what `settle` says of the attempt, its record)."""
-    locked = is_locked(spool.worker(claim.slot))  # first: once it is free the record is final
+    locked = is_locked(spool.worker_file(claim.slot))  # first: once it is free the record is final
     record = spool.record(claim)
     same_boot = claim.boot == boot_id()
-    return settle(record, locked, is_locked(spool.run(claim.serial)),
+    return settle(record, locked, is_locked(spool.run_file(claim.serial)),
                   same_boot and bool(leader(record, claim.job)), same_boot), record
 
 
@@ -2409,7 +2409,7 @@ class Worker:
         if "leave" in message:
             self.leaving = True
         elif "stop" not in message:
-            self.attempt = Attempt(message, self.spool.run(message["serial"]), self.write)
+            self.attempt = Attempt(message, self.spool.run_file(message["serial"]), self.write)
             self.attempt.start(monotonic())
         elif self.attempt and self.attempt.order["serial"] == message["stop"]:
             self.attempt.on_message(message["reason"], monotonic())
@@ -2580,7 +2580,8 @@ class Pool:
         try:
             slot, slot_fd = self.take_slot()
             with open(slot_fd, "rb"):  # ours is closed, the lock lives on in the worker's copy
-                file = open(self.spool.worker(slot), "rb", buffering=0)  # apart: it shares no lock
+                # Opened apart: it shares no lock.
+                file = open(self.spool.worker_file(slot), "rb", buffering=0)
                 ours, theirs = socket.socketpair()
                 with theirs:
                     process = self.context.Process(
@@ -2601,7 +2602,7 @@ class Pool:
         for slot in itertools.count(1):
             if slot in used:
                 continue
-            fd = open_private(self.spool.worker(slot))
+            fd = open_private(self.spool.worker_file(slot))
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return slot, fd
@@ -2729,7 +2730,7 @@ class Pool:
         if orphan.kill_at is None or now >= orphan.kill_at:
             number = signal.SIGTERM if orphan.kill_at is None else signal.SIGKILL
             orphan.kill_at, claim = now + GRACE_S, orphan.claim
-            signal_command(leader(record, claim.job), self.spool.run(claim.serial), number)
+            signal_command(leader(record, claim.job), self.spool.run_file(claim.serial), number)
 
     def frees(self, claim):
         """Whether a worker of ours is free for another job once `claim` is closed."""
@@ -3759,9 +3760,9 @@ class Daemon:
             self.pool.orphan(claim)
         self.heed()
         for serial in set(serials) - {claim.serial for claim in claims}:
-            if serial > given and is_locked(self.spool.run(serial)):
+            if serial > given and is_locked(self.spool.run_file(serial)):
                 # Of a database that was here before this one was put back.
-                signal_command(None, self.spool.run(serial), signal.SIGKILL)
+                signal_command(None, self.spool.run_file(serial), signal.SIGKILL)
             self.spool.discard(serial)
 
     def begin(self):
