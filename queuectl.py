@@ -671,7 +671,7 @@ def as_ms(value):
 def as_date(value):
     try:
         ms = parse_date(value)
-    except (ValueError, OverflowError):
+    except ValueError:
         ms = -1
     if not 0 <= ms < LAST_MS:
         raise ValueError("must be a date-time since 1970, like 2026-01-15T10:30:00Z")
@@ -1610,7 +1610,7 @@ class Store:
             levels.append(self.value(
                 "SELECT MAX(priority) FROM jobs WHERE ready = 1 AND priority < ?", (levels[-1],)))
         for level in levels[1:-1]:
-            with contextlib.suppress(ValueError, OverflowError):  # dates by another program's hand
+            with contextlib.suppress(ValueError):  # dates by another program's hand
                 times.append(parse_date(self.value(
                     """SELECT MIN(MAX(created_at, run_after))
                        FROM (SELECT created_at, run_after FROM jobs
@@ -2457,7 +2457,6 @@ def set_open_files(limit=None):
 
 def worker_main(sock, slot_fd, spool, open_files):
     """The whole life of a worker process. `open_files`: the limit that jobs get back."""
-    code = 1
     try:
         import gc
         gc.disable()  # a collected database connection would close descriptors used again
@@ -2465,12 +2464,12 @@ def worker_main(sock, slot_fd, spool, open_files):
         default_signals()
         set_open_files(open_files)
         Worker(sock, slot_fd, spool).run()
-        code = 0
+        os._exit(0)  # nothing of the daemon's may be flushed, closed or finalized here
     except BaseException:
         import traceback
         traceback.print_exc()
     finally:
-        os._exit(code)  # nothing of the daemon's may be flushed, closed or finalized here
+        os._exit(1)
 
 
 # ---- Pool ---------------------------------------------------------------------------------------
