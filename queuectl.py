@@ -757,9 +757,15 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".spl
         return self._replace(due=due if due > now else None, ready=None if due > now else 1)
 
 
-# What a job is before it is given anything.
-NEW = dict(dict.fromkeys(Job._fields), state="pending", attempts=0, priority=0, runs=0)
+NEW = dict(dict.fromkeys(Job._fields), state="pending", attempts=0, priority=0, own=0, runs=0)
 NO_JOB = 'a job is a JSON object like {"command":"true"}'
+
+
+def defaults(settings, now):
+    """{field: value} of a job that brings nothing of its own."""
+    stamp = iso(now)
+    return dict(NEW, max_retries=settings["max-retries"], timeout=settings["timeout"],
+                created_at=stamp, updated_at=stamp, run_after=stamp)
 
 
 def make_job(given, settings, now, cwd=None, job_id=None):
@@ -776,13 +782,11 @@ def make_job(given, settings, now, cwd=None, job_id=None):
         fields[name] = checked(name, FIELDS[name], value)
     if "command" not in fields:
         raise BadField("command", "is required")
-    stamp = iso(now)
     due = parse_date(fields["run_after"]) if "run_after" in fields else now
-    job = dict(NEW, id=job_id or new_ids(now)[0], max_retries=settings["max-retries"],
-               timeout=settings["timeout"], created_at=stamp, updated_at=stamp, run_after=stamp,
+    job = defaults(settings, now)
+    job.update(fields, id=fields.get("id") or job_id or new_ids(now)[0],
                due=due if due > now else None, ready=None if due > now else 1,
                own=OWN_TIMEOUT * ("timeout" in fields) + OWN_RETRIES * ("max_retries" in fields))
-    job.update(fields)
     return Job(**job)
 
 
@@ -791,40 +795,39 @@ def escaped(value):
     return safe(str(value))
 
 
-# NULL may stand in any of these, and dates are in any form: so not FIELDS
-ADOPTED = tuple((field, as_date) for field in (
-    "created_at", "updated_at", "run_after", "locked_at", "started_at", "finished_at")) + (
-    ("cwd", as_cwd), ("env", lambda text: as_env(json.loads(text))), ("unique", as_unique),
-    ("error", escaped), ("command", as_command), ("state", lambda text: one_of(text, STATES)))
+# What another program may have written: the range of each number, the checks of all else. Dates
+# are in any form: so not FIELDS.
+NUMBERS = {"attempts": (0, 1 << 30), "max_retries": (1, 1000), "timeout": (0, MAX_MS),
+           "priority": (-1000, 1000), "exit_code": (0, 255), "own": (0, 7), "runs": (0, 1 << 30)}
+ADOPTED = dict(
+    dict.fromkeys(("created_at", "updated_at", "run_after", "locked_at", "started_at",
+                   "finished_at"), as_date),
+    cwd=as_cwd, env=lambda text: as_env(json.loads(text)), unique=as_unique, error=escaped,
+    command=as_command, state=lambda text: one_of(text, STATES))
 
 
 def adopted(job, settings, now):
-    """A row that another program wrote, as a job like any other. What is NULL or out of range
-    gets its default; a command that can't run, or a date that is none, makes it dead."""
-    def number(value, low, high, default):
-        return min(max(value, low), high) if type(value) is int else default
-    stamp = iso(now)
-    job = job._replace(
-        id=escaped(job.id) if isinstance(job.id, str) and job.id else new_ids(now)[0],
-        state="pending" if job.state is None else job.state,
-        attempts=number(job.attempts, 0, 1 << 30, 0),
-        max_retries=number(job.max_retries, 1, 1000, settings["max-retries"]),
-        timeout=number(job.timeout, 0, MAX_MS, settings["timeout"]),
-        priority=number(job.priority, -1000, 1000, 0), due=None, ready=None,
-        own=number(job.own, 0, 7, 0), runs=number(job.runs, 0, 1 << 30, 0),
-        exit_code=number(job.exit_code, 0, 255, None), created_at=job.created_at or stamp,
-        updated_at=job.updated_at or stamp, run_after=job.run_after or stamp)
-    problem = None
-    for field, check in ADOPTED:
+    """A row that another program wrote, as a job like any other. A number out of range is set to
+    the nearest, what is empty or no number gets its default; a command that can't run, or a date
+    that is none, makes it dead."""
+    fields, problem = defaults(settings, now), None
+    fields["id"] = escaped(job.id) if isinstance(job.id, str) and job.id else new_ids(now)[0]
+    for field, (low, high) in NUMBERS.items():
+        value = getattr(job, field)
+        if type(value) is int:
+            fields[field] = min(max(value, low), high)
+    for field, check in ADOPTED.items():
         value = getattr(job, field)
         try:
-            value = None if value is None else check(value)
+            if value or field == "command":
+                fields[field] = check(value)
         except (ValueError, TypeError, RecursionError) as error:
             problem = problem or "field %s %s" % (field, error)
-            value = escaped(value) if field == "command" else None
-        job = job._replace(**{field: value})
     if problem:
-        return job._replace(state="dead", error=problem, finished_at=stamp)
+        fields.update(command=fields["command"] or escaped(job.command), state="dead",
+                      error=problem, finished_at=iso(now))
+        return Job(**fields)
+    job = Job(**fields)
     if job.state in FINISHED:
         return job._replace(finished_at=job.finished_at or job.updated_at)
     return job.waiting(parse_date(job.run_after), now)._replace(finished_at=None)
