@@ -752,10 +752,6 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".spl
         shown["env"] = env_of(self.env)
         return shown
 
-    def waiting(self, due, now):
-        """The job with its turn at `due`: ready if that has come."""
-        return self._replace(due=due if due > now else None, ready=None if due > now else 1)
-
 
 NEW = dict(dict.fromkeys(Job._fields), state="pending", attempts=0, priority=0, own=0, runs=0)
 NO_JOB = 'a job is a JSON object like {"command":"true"}'
@@ -766,6 +762,11 @@ def defaults(settings, now):
     stamp = iso(now)
     return dict(NEW, max_retries=settings["max-retries"], timeout=settings["timeout"],
                 created_at=stamp, updated_at=stamp, run_after=stamp)
+
+
+def scheduled(due, now):
+    """The fields of a job whose turn is at `due`: it is ready if that has come."""
+    return {"due": due, "ready": None} if due > now else {"due": None, "ready": 1}
 
 
 def make_job(given, settings, now, cwd=None, job_id=None):
@@ -785,8 +786,8 @@ def make_job(given, settings, now, cwd=None, job_id=None):
     due = parse_date(fields["run_after"]) if "run_after" in fields else now
     job = defaults(settings, now)
     job.update(fields, id=fields.get("id") or job_id or new_ids(now)[0],
-               due=due if due > now else None, ready=None if due > now else 1,
-               own=OWN_TIMEOUT * ("timeout" in fields) + OWN_RETRIES * ("max_retries" in fields))
+               own=OWN_TIMEOUT * ("timeout" in fields) + OWN_RETRIES * ("max_retries" in fields),
+               **scheduled(due, now))
     return Job(**job)
 
 
@@ -826,11 +827,11 @@ def adopted(job, settings, now):
     if problem:
         fields.update(command=fields["command"] or escaped(job.command), state="dead",
                       error=problem, finished_at=iso(now))
-        return Job(**fields)
-    job = Job(**fields)
-    if job.state in FINISHED:
-        return job._replace(finished_at=job.finished_at or job.updated_at)
-    return job.waiting(parse_date(job.run_after), now)._replace(finished_at=None)
+    elif fields["state"] in FINISHED:
+        fields["finished_at"] = fields["finished_at"] or fields["updated_at"]
+    else:
+        fields.update(scheduled(parse_date(fields["run_after"]), now), finished_at=None)
+    return Job(**fields)
 
 
 # ---- Retry policy -------------------------------------------------------------------------------
@@ -3333,7 +3334,7 @@ def adopt_strangers(store, now):
             verdict = decide(job, Outcome(None, "worker lost", "", 0, now), store.settings, now)
             job = job._replace(state=verdict.state, attempts=verdict.attempts, error=verdict.error,
                                locked_at=None)
-            job = (job.waiting(verdict.due, now)._replace(run_after=iso(verdict.due))
+            job = (job._replace(run_after=iso(verdict.due), **scheduled(verdict.due, now))
                    if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
         died = job.state == "dead" != row.state
         store.adopt(rowid, job._replace(serial=None), died)
