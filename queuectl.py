@@ -1019,8 +1019,8 @@ MIGRATIONS = (
 
 # In brackets: an unknown "column" SQLite takes for a text.
 COLUMNS = ", ".join("[%s]" % name for name in Job._fields)
-ATTEMPT = ("number", "worker", "started_at", "finished_at", "exit_code", "signal", "error",
-           "serial", "output_cut", "output_kept")
+ATTEMPT = ("number worker started_at finished_at exit_code signal error serial output_cut"
+           " output_kept").split()
 
 # An open attempt with what is needed to run it and to judge it. started_at: ms; number: counts
 # over the job's life
@@ -1106,13 +1106,11 @@ class Store:
             if self.known:
                 raise self.foreign("is gone")
             os.close(open_private(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        status = os.stat(self.path)
+        status, path = os.stat(self.path), safe(self.path)
         if not status.st_mode & 0o200 or not os.access(self.path, os.W_OK):
-            raise StorageError("%s is read-only; run: chmod u+w %s"
-                               % (safe(self.path), safe(self.path)))
+            raise StorageError("%s is read-only; run: chmod u+w %s" % (path, path))
         if os.geteuid() == 0 and others_can_write(self.path, status):
-            raise StorageError("%s can be written by others; run: chmod 600 %s"
-                               % (safe(self.path), safe(self.path)))
+            raise StorageError("%s can be written by others; run: chmod 600 %s" % (path, path))
         if os.stat(os.path.dirname(self.path)).st_mode & 0o002:
             self.hold_names()
 
@@ -1125,9 +1123,9 @@ class Store:
             raise StorageError(str(error))
 
     def foreign(self, what):
-        return StorageError(
-            "%s %s, but %s remembers a queue; restore the database, or remove %s if this is meant"
-            % (safe(self.path), what, safe(self.path + ".lock"), safe(self.path + ".lock")))
+        path = safe(self.path)
+        return StorageError("%s %s, but %s.lock remembers a queue; restore the database, or remove"
+                            " %s.lock if this is meant" % (path, what, path, path))
 
     def identify(self):
         """The schema's version, after the checks that must leave the file untouched."""
@@ -1584,8 +1582,8 @@ class Store:
                       SET jobs = (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)""")
 
     def totals(self):
-        names = ("enqueued", "completed", "failed", "dead", "runtime_ms", "longest_ms")
-        return dict(zip(names, self.query("SELECT %s FROM totals" % ", ".join(names))[0]))
+        names = "enqueued, completed, failed, dead, runtime_ms, longest_ms"
+        return dict(zip(names.split(", "), self.query("SELECT %s FROM totals" % names)[0]))
 
     def note_startup(self, now):
         self.write("INSERT INTO metrics (daemon_startup, total_commands) VALUES (?, 0)",
@@ -1966,14 +1964,13 @@ class Attempt:
             self.spawn()
         except OSError as error:
             self.fail(error)
-            return
         except (AttributeError, TypeError, ValueError) as error:  # what another program wrote
             self.finish("refused", "can't start: %s" % safe(str(error)))
-            return
-        pid = self.process.pid
-        self.note(phase="running", pid=pid, start=process_start(pid))
-        if self.order["timeout"]:
-            self.deadline = now + self.order["timeout"] / 1000.0
+        else:
+            pid = self.process.pid
+            self.note(phase="running", pid=pid, start=process_start(pid))
+            if self.order["timeout"]:
+                self.deadline = now + self.order["timeout"] / 1000.0
 
     def fail(self, error):
         """It can't be started, by its own fault or because the host lacks something."""
