@@ -1191,12 +1191,10 @@ class Store:
         try:
             yield
         except Exception:
-            if self.in_transaction():
+            if self.in_transaction():  # else SQLite undid it as a whole
                 self.query("ROLLBACK TO request")
             raise
-        finally:
-            if self.in_transaction():
-                self.query("RELEASE request")
+        self.query("RELEASE request")
 
     def check_file(self):
         """Raise Replaced unless the path still leads to the file that is open: SQLite goes on
