@@ -1017,7 +1017,7 @@ MIGRATIONS = (
 # inside `transaction()`, takes the time as `now` (ms), and names the arrow it stands for. At the
 # end: what `backup` and `doctor` read, in a process of their own, beside whoever writes.
 
-# In brackets: an unknown "column" SQLite takes for a text.
+# In brackets, not quotes: SQLite takes an unknown "column" for a text.
 COLUMNS = ", ".join("[%s]" % name for name in Job._fields)
 ATTEMPT = ("number worker started_at finished_at exit_code signal error serial output_cut"
            " output_kept").split()
@@ -1031,9 +1031,8 @@ Claim = collections.namedtuple(
 def sound(claim, settings):
     """The Claim with numbers that are none set to the defaults, and texts made texts: another
     program may have written anything."""
-    defaults = 1, 0, settings["max-retries"], settings["timeout"]
-    numbers = [value if type(value) is int else default
-               for value, default in zip(claim[5:9], defaults)]
+    numbers = [value if type(value) is int else default for value, default in zip(
+        claim[5:9], (1, 0, settings["max-retries"], settings["timeout"]))]
     texts = [value if value is None or type(value) is str else str(value) for value in claim[9:]]
     return Claim(*claim[:5], *numbers, *texts)
 
