@@ -2538,6 +2538,7 @@ class Pool:
         self.loop = loop
         self.log = log
         self.open_files = open_files
+        boot_id()               # asked once, while there are descriptors left to read it
         self.hands = {}         # slot -> Hand
         self.idle = {}          # slot -> Hand without a job, not leaving
         self.rung = {}          # slot -> Hand whose doorbell rang
