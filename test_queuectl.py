@@ -382,8 +382,8 @@ class JobsTest(Case):
                 ({"locked_at": "x"}, {"state": "dead", "error": "field locked_at " + date}),
                 ({"created_at": "x", "updated_at": "2026-01-15 10:00:00", "run_after": b"\0",
                   "cwd": b"/", "env": "x", "unique": 5, "command": b"x", "exit_code": b"0"},
-                 {"state": "dead", "error": "field created_at " + date, "created_at": None,
-                  "updated_at": "2026-01-15T10:00:00.000Z", "run_after": None, "cwd": None,
+                 {"state": "dead", "error": "field created_at " + date, "created_at": STAMP,
+                  "updated_at": "2026-01-15T10:00:00.000Z", "run_after": STAMP, "cwd": None,
                   "env": None, "unique": None, "command": "b'x'", "exit_code": None}),
                 ({"state": "waiting"}, {"state": "dead", "error": "field state must be one of "
                                         "pending, processing, completed, failed, dead"}),
