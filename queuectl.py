@@ -294,12 +294,14 @@ def storage_error(path, error):
     return StorageError("the database %s failed: %s" % (path, safe(text)))
 
 
-def decode_json(text, what):
-    """The value of a JSON text or its bytes; a Failure naming `what` when it is none."""
+def decode_json(text, what, kind=None):
+    """The value of a JSON text or its bytes, its objects as dicts of that kind; a Failure naming
+    `what` when it is none."""
     def refuse(constant):
         raise ValueError("%s is not JSON" % constant)
     try:
-        return json.loads(text if isinstance(text, str) else text.decode(), parse_constant=refuse)
+        return json.loads(text if isinstance(text, str) else text.decode(), parse_constant=refuse,
+                          object_hook=kind)
     except RecursionError:
         raise Failure("%s is nested too deeply" % what)
     except UnicodeDecodeError:
@@ -2286,6 +2288,14 @@ def peer_uid(sock):
     return None
 
 
+class Answer(dict):
+    """An object that a daemon sent."""
+
+    def __missing__(self, key):
+        raise Failure("the daemon's answer lacks %s, which queuectl %s looks for; its version tells:"
+                      " daemon status; restart it: daemon stop, worker start" % (key, VERSION))
+
+
 def ask(path, request, patience=ANSWER_S):
     """The answer of the daemon at socket `path`; Unreachable when there is none."""
     data = encode_request(request)
@@ -2311,8 +2321,8 @@ def ask(path, request, patience=ANSWER_S):
                           " list" % safe(path))
         except OSError as error:
             raise Unreachable("nobody answers at %s: %s" % (safe(path), error.strerror or error))
-    answer = decode_json(data, "the answer from %s" % safe(path))
-    return answer if isinstance(answer, dict) else {}
+    answer = decode_json(data, "the answer from %s" % safe(path), Answer)
+    return answer if isinstance(answer, dict) else Answer()
 
 
 # ---- Worker -------------------------------------------------------------------------------------
@@ -5771,12 +5781,7 @@ def cmd_metrics(queue, args):
 
     metrics --format prometheus >queuectl.prom"""
     metrics = queue.call("metrics")["message"]
-    if args.format == "json":
-        print_indented(metrics)
-    elif "commands_recorded" in metrics:
-        print_text(exposition(metrics))
-    else:
-        raise Failure("the daemon is of an older version; restart it: daemon stop, worker start")
+    print_text(indented(metrics) if args.format == "json" else exposition(metrics))
 
 
 @subcommand("check", number_arg("--max-pending", "most pending jobs"),

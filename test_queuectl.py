@@ -156,7 +156,6 @@ class TimeAndTextTest(Case):
         self.assertEqual([queuectl.as_id(one) for one in ids], ids)
 
 
-
 class FilesTest(Case):
     def setUp(self):
         self.base = self.folder()
@@ -2158,6 +2157,26 @@ class DaemonTest(QueueCase):
         self.assertIn(self.sock, self.refused("status"))
         del self.env["DB_PATH"]
         self.assertIn("--db", self.refused("status"))
+
+    def test_what_a_daemon_of_another_version_leaves_out_is_no_traceback(self):
+        def serve(server):
+            while True:
+                client = server.accept()[0]
+                with client:
+                    if client.recv(65536):
+                        client.sendall(b'{"success":true,"message":{"jobs":{}}}\n')
+        server = socket.socket(socket.AF_UNIX)
+        self.addCleanup(server.close)
+        server.bind(self.sock)
+        server.listen(5)
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        del self.env["DB_PATH"]
+        for words, lacking in (("enqueue -q -- true", "id"), ("cancel a", "count"),
+                               ("daemon stop", "pid"), ("status --watch", "totals"),
+                               ("metrics --format prometheus", "jobs_enqueued")):
+            with self.subTest(words=words):
+                self.assertIn("answer lacks %s, which queuectl %s" % (
+                    lacking, queuectl.VERSION), self.refused(*words.split()))
 
     def test_with_nothing_given_another_queue_at_the_default_socket_is_mentioned(self):
         self.daemon()
