@@ -285,6 +285,8 @@ def storage_error(path, error):
             ("malformed", "%s is corrupt; restore a backup, or save what is left with:"
                           " sqlite3 FILE .recover"),
             ("no such", "%s is not a queue's database: another program changed it"),
+            ("decode", "%s holds a text that is not UTF-8, which another program wrote; mend it"
+                       " with sqlite3"),
             ("No space", "no space left for %s; free some and try again"),
             ("disk I/O", "%s can't be read or written; its disk is full, or look at the kernel's"
                          " log")):

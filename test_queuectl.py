@@ -671,6 +671,11 @@ class StoreTest(StoreCase):
         with mock.patch("queuectl.open_private", side_effect=queuectl.Failure("full")):
             self.refused("full", queuectl.Store, path, kind=queuectl.StorageError)
 
+    def test_a_text_of_another_program_that_is_not_utf8_is_told_with_the_way_out(self):
+        self.sql("INSERT INTO config VALUES ('backoff', CAST(x'ff' AS TEXT))")
+        self.refused("not UTF-8, which another program wrote; mend it with sqlite3",
+                     self.store.read_settings, kind=queuectl.StorageError)
+
     def test_insert_makes_a_job_pending(self):
         self.add("a")
         self.add("later", run_after="2026-01-15T10:31:00Z")
