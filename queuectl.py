@@ -1243,8 +1243,9 @@ class Store:
 
     def read_settings(self):
         """Settings as stored; what is missing, NULL or nonsense has its default."""
+        stored = self.query("SELECT key, value FROM config WHERE value IS NOT NULL")
         self.settings = {key: setting.default for key, setting in SETTINGS.items()}
-        for key, value in self.query("SELECT key, value FROM config WHERE value IS NOT NULL"):
+        for key, value in stored:
             with contextlib.suppress(Failure):
                 self.settings[key] = read_setting(key, value)
 

@@ -672,9 +672,12 @@ class StoreTest(StoreCase):
             self.refused("full", queuectl.Store, path, kind=queuectl.StorageError)
 
     def test_a_text_of_another_program_that_is_not_utf8_is_told_with_the_way_out(self):
+        self.sql("INSERT INTO config VALUES ('jitter', '7')")
+        self.store.read_settings()
         self.sql("INSERT INTO config VALUES ('backoff', CAST(x'ff' AS TEXT))")
         self.refused("not UTF-8, which another program wrote; mend it with sqlite3",
                      self.store.read_settings, kind=queuectl.StorageError)
+        self.assertEqual(self.store.settings["jitter"], 7)  # those read before are still good
 
     def test_insert_makes_a_job_pending(self):
         self.add("a")
