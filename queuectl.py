@@ -1351,7 +1351,9 @@ class Store:
 
     def next_due(self):
         """ms when the next job comes due; the end of all dates if none does."""
-        return self.value("SELECT COALESCE(MIN(due), ?) FROM jobs WHERE due > 0", (LAST_MS,))
+        # The upper bound leaves out texts of another program: to SQLite they exceed all numbers.
+        return self.value("""SELECT COALESCE(MIN(due), :last) FROM jobs
+                             WHERE due > 0 AND due < :last""", {"last": LAST_MS})
 
     def pull_in(self, now):
         """Backoffs that reach further than `max-delay` come from a clock that was set back."""

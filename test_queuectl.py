@@ -772,6 +772,8 @@ class StoreTest(StoreCase):
         with self.store.transaction():
             self.assertEqual(self.store.promote(NOW + 2999), 1)
         self.assertEqual(self.store.next_due(), NOW + 3000)
+        self.sql("UPDATE jobs SET due = 'soon'")
+        self.assertEqual(self.store.next_due(), queuectl.LAST_MS)
         self.assertEqual([claim.job for claim in self.claim(9)], ["a", "b"])
 
     def test_rows_inserted_by_hand_become_jobs(self):
