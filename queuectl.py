@@ -3264,7 +3264,7 @@ def op_worker_stop(context, count=None, now=False):
 def op_daemon_stop(context, grace=None):
     """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
     context.daemon.stop(grace)
-    return reply("Daemon stopping", pid=os.getpid(), db=context.store.path)
+    return reply("Daemon stopping", pid=os.getpid())
 
 
 KINDS = ("run", "drain", "daemon")  # of daemons: each gives way to those after it
@@ -5267,9 +5267,10 @@ def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone.
 
     daemon stop --grace 30s"""
+    lock = queue.database() + ".lock"
     answer = queue.call("daemon", "stop", grace=args.grace)
     started, wait = process_start(answer["pid"]), Wait()
-    while is_held_by(answer["pid"], queue.place.db + ".lock"):
+    while is_held_by(answer["pid"], lock):
         wait("running jobs; Ctrl-C ends only the waiting")
     gone_by = monotonic() + 1  # at once, but in another container that number may be anyone's
     while started and process_start(answer["pid"]) == started and monotonic() < gone_by:

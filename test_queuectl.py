@@ -1926,6 +1926,18 @@ class DaemonTest(QueueCase):
                 self.assertEqual(self.rows("SELECT state FROM jobs WHERE id = ?", job_id),
                                  [("completed",)])
 
+    def test_a_stop_by_socket_alone_waits_for_a_daemon_of_any_version(self):
+        self.daemon("--workers", "1")
+        del self.env["DB_PATH"]
+        job_id, ask = self.enqueue("sleep 2"), queuectl.ask
+        wait_until(lambda: self.job(job_id)["state"] == "processing", "it runs")
+
+        def without_db(*args):
+            return {name: value for name, value in ask(*args).items() if name != "db"}
+        with mock.patch("queuectl.ask", without_db):
+            self.ok("daemon", "stop")
+        self.assertEqual(self.rows("SELECT state FROM jobs"), [("completed",)])
+
     def test_the_socket_is_private_and_a_stale_one_is_replaced(self):
         first = self.daemon()
         self.assertEqual(os.stat(self.sock).st_mode & 0o777, 0o600)
@@ -2182,7 +2194,7 @@ class DaemonTest(QueueCase):
         threading.Thread(target=serve, args=(server,), daemon=True).start()
         del self.env["DB_PATH"]
         for words, lacking in (("enqueue -q -- true", "id"), ("cancel a", "count"),
-                               ("daemon stop", "pid"), ("status --watch", "totals"),
+                               ("daemon stop", "db"), ("status --watch", "totals"),
                                ("metrics --format prometheus", "jobs_enqueued")):
             with self.subTest(words=words):
                 self.assertIn("answer lacks %s, which queuectl %s" % (
