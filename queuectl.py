@@ -3977,7 +3977,7 @@ class Daemon:
 
     def reopen_socket(self):
         """Someone removed our socket: listen anew, as at the start."""
-        old, path = self.server, self.sock
+        old, path, given = self.server, self.sock, self.sock_given
         try:
             self.listen()
             if self.sock != path:
@@ -3986,7 +3986,9 @@ class Daemon:
         except (OSError, Failure) as error:
             self.log("can't listen again at %s: %s" % (
                 self.sock, getattr(error, "strerror", None) or error), every_s=60)
-        if self.server is not old:
+        if self.server is old:  # the next look tries it all anew: the lock still tells this path
+            self.sock, self.sock_given = path, given
+        else:
             self.loop.remove(old.socket)
             old.server_close()
 

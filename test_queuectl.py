@@ -3337,6 +3337,22 @@ class SecurityTest(FaultCase):
             self.assertEqual(self.ok("daemon", "status")["socket"], self.db + ".sock")
         self.assertEqual(os.lstat(path).st_uid, 65534)
 
+    def test_a_daemon_that_could_not_move_at_once_signs_the_lock_when_it_does(self):
+        path = self.open_folder("tmp") + "/s"
+        del self.env["SOCKET_PATH"]
+        self.driven("""queuectl.DEFAULT_SOCKET = %r
+make_server, left = queuectl.make_server, [1]
+def scarce(path, *args):
+    if path.endswith('q.db.sock') and left:
+        raise queuectl.Failure('no room %%d' %% left.pop())
+    return make_server(path, *args)
+queuectl.make_server = scarce""" % path)
+        with mock.patch("queuectl.DEFAULT_SOCKET", path):
+            as_nobody("os.unlink(sys.argv[1]); s.bind(sys.argv[1])", path)
+            wait_until(lambda: "no room 1" in self.read("q.db.log"), "the first try fails")
+            wait_until(lambda: os.path.exists(self.db + ".sock"), "it listens elsewhere")
+            self.assertEqual(self.ok("daemon", "status")["socket"], self.db + ".sock")
+
     def test_a_link_that_another_user_planted_leads_to_no_database(self):
         shared, target = self.open_folder("tmp"), self.path("target")
         os.chmod(shared, 0o1777)
