@@ -2091,8 +2091,8 @@ class Attempt:
 
     def finish(self, reason, detail=""):
         """Note the outcome, then reap: until then the pid can't have become another's."""
-        self.note(phase="ended", reason=reason, status=self.status, detail=detail[:300],
-                  size=self.size, dropped=self.dropped, at=now_ms())
+        self.note(phase="ended", start=None, reason=reason, status=self.status,  # none to look for
+                  detail=detail[:300], size=self.size, dropped=self.dropped, at=now_ms())
         self.over, self.deadline = True, None
         if self.process:
             self.process.wait()
