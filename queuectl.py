@@ -3429,9 +3429,10 @@ def take_lock(lock, kind):
         # a dead pid: its successor has yet to sign
         serves = holder not in (None, "command") and process_start(text.get("pid") or 0)
         if serves and holder in KINDS and KINDS.index(holder) < KINDS.index(kind):
-            with contextlib.suppress(Failure, TypeError):  # it has no socket yet
-                ask(text["socket"], {"command": "daemon", "option": "yield", "db": utf8(lock.db),
-                                     "flag": "kind", "value": kind}, 2)
+            request = {"command": "daemon", "option": "yield", "db": utf8(lock.db),
+                       "flag": "kind", "value": kind}
+            with contextlib.suppress(Failure, AttributeError):  # it has no socket yet
+                ask(os_path(text["socket"]), request, 2)
         elif serves and (holder == "daemon" or kind == "run"):
             deadline = 0
         if monotonic() > deadline:
@@ -4591,7 +4592,8 @@ def diagnose(queue, db):
     if os.path.isfile(lock):
         with contextlib.suppress(OSError), open(lock, "rb") as file:
             holder = unpad(file.read(LOCK_BYTES))
-    path = note("lock", look_at_lock, lock, holder) and is_locked(lock) and holder.get("socket")
+    served = note("lock", look_at_lock, lock, holder) and is_locked(lock)
+    path = os_path(served and holder.get("socket") or "")
     note("socket", look_at_socket, path or place.socket, place.socket_given, path)
     note("daemon", look_at_daemon, db, path)
     found = inspect(db)

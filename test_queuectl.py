@@ -1827,6 +1827,16 @@ class CommandsTest(QueueCase):
                     cwd=folder)
                 self.assertIn(b"copy-" + name, os.listdir(folder))
 
+    def test_a_daemon_of_another_locale_is_seen_and_gives_way(self):
+        os.mkdir(self.path(os.fsdecode(b"caf\xc3\xa9")))
+        self.env["SOCKET_PATH"] = self.path(os.fsdecode(b"caf\xc3\xa9/s"))
+        self.enqueue("sleep 1")
+        self.spawn("drain", env=dict(self.env, LC_ALL="C.UTF-8"))
+        self.wait_for("processing")
+        other = dict(self.env, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        self.assertIn(b'"integrity"', self.spawn("doctor", env=other).communicate()[0])
+        self.daemon(env=other)
+
     def patched(self, code, *args):
         """(exit status, stdout) of a command in a process that has run `code` before."""
         process = subprocess.Popen(
