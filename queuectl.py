@@ -5662,7 +5662,7 @@ def report(args, done, count):
     """What was done ("cancelled", "deleted"), or would be, to how many jobs."""
     one = len(args.ids) == 1 and not args.dry_run
     print_compact(reply("%s %s%s" % ("Job " + args.ids[0] if one else plural(count, "job"),
-                                  "would be " * args.dry_run, done)))
+                                     "would be " * args.dry_run, done)))
 
 
 @subcommand("cancel", *selection(UNFINISHED), DRY_RUN)
