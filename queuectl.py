@@ -5563,7 +5563,10 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def abandon(queue, job_id):
     """Cancel the job of a `run` that ends early, and wait for its end; what to say."""
     try:
+        # timeout(1) sends two signals: the second may end the waiting, and nothing else.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
         queue.call("cancel", ids=[job_id])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
         await_end(queue, job_id)
     except Failure:  # it has just ended, or can't be reached
         return "job %s is left as it is; see: show %s" % (safe(job_id), safe(job_id))

@@ -3640,6 +3640,21 @@ class OrphanTest(FaultCase):
     """The daemon's death is not the workers'."""
 
     @unittest.skipUnless(shutil.which("unshare"), "needs unshare")
+    def test_a_second_signal_does_not_keep_a_run_from_cancelling(self):
+        self.daemon("--workers", "1")
+        run = self.started([sys.executable, "-c", DRIVER % """
+call = queuectl.Queue.call
+def called(queue, command, *args, **named):
+    if command == "cancel":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return call(queue, command, *args, **named)
+queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
+                            "echo started; sleep 60"], ready=False)
+        self.assertEqual(run.stdout.readline(), b"started\n")
+        run.terminate()
+        self.assertEqual(run.wait(10), 143)
+        self.wait_for("dead")
+
     def test_process_1_of_a_container_buries_what_jobs_left(self):
         container = ["unshare", "--pid", "--fork", "--mount-proc"]
         if subprocess.call(container + ["true"], stderr=subprocess.DEVNULL):
