@@ -2990,7 +2990,7 @@ def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
     if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
         raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
     told, stored = store_jobs(context, jobs, cwd)
-    return reply("Enqueued %s" % plural(stored, "job"), count=stored,
+    return reply("Enqueued %s" % plural(stored, "job"),
                  **dict({"ids": told} if ids else {}, **new_job_note(context)))
 
 
@@ -5194,7 +5194,8 @@ def enqueue_lines(queue, args, fields):
     for lines in batches(sys.stdin.buffer):
         answer = enqueue_batch(queue, lines, fields, args.quiet, last)
         last = lines[-1][0]
-        stored, held = stored + answer["count"], held + len(lines) - answer["count"]
+        count = int(answer["message"].split()[1])  # as a daemon of any version tells it
+        stored, held = stored + count, held + len(lines) - count
         if args.quiet:
             print_text("\n".join(answer["ids"]))
         progress.show(["%d stored" % stored])

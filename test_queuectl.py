@@ -1714,6 +1714,12 @@ class CommandsTest(QueueCase):
         self.assertIn("line 3", self.refused("enqueue", "-", stdin='{"command":"c"}\n\nnonsense\n'))
         self.assertEqual([job["command"] for job in self.jobs()], ["a", "b"])
 
+    def test_a_daemon_of_any_version_tells_how_many_lines_it_stored(self):
+        answer = {"success": True, "message": "Enqueued 1 job"}
+        with mock.patch("queuectl.Queue.call", return_value=answer):
+            self.assertEqual(self.ok("enqueue", "-", stdin='{"command":"a"}\n' * 2),
+                             dict(answer, already_queued=1))
+
     def test_more_than_a_batch_of_lines_says_which_are_stored(self):
         lines = ['{"command":"true"}'] * 1500
         lines[1200] = '{"command":1}'
