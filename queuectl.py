@@ -517,6 +517,26 @@ def has_open(pid, fd, wanted):
     return False
 
 
+@contextlib.contextmanager
+def undone(count):
+    """Close what the block opened if it fails, up to `count` descriptors: they have the lowest
+    numbers that are free."""
+    free = []
+    try:
+        while len(free) < count:
+            free.append(os.dup(0))
+    finally:
+        for fd in free:
+            os.close(fd)
+    try:
+        yield
+    except OSError:
+        for fd in free:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        raise
+
+
 def holders(path):
     """The pids, but for our own, that have `path` open for writing: who only reads it, like
     tail -f, is no part of the job. Empty where there is no /proc."""
@@ -2596,7 +2616,7 @@ class Pool:
                 # Opened apart: it shares no lock.
                 file = open(self.spool.worker_file(slot), "rb", buffering=0)
                 ours, theirs = socket.socketpair()
-                with theirs:
+                with theirs, undone(4):  # multiprocessing keeps two pipes if it can't fork
                     process = self.context.Process(
                         target=worker_main, args=(theirs, slot_fd, self.spool, self.open_files))
                     process.start()

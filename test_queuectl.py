@@ -1904,6 +1904,20 @@ class DaemonTest(QueueCase):
             self.ok("worker", "start", "--count", "3")
         wait_until(lambda: descriptors() <= before, "they are closed", 5)
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc")
+    def test_workers_that_can_not_be_forked_leave_no_descriptors(self):
+        spool = queuectl.Spool(self.db)
+        os.mkdir(spool.path, 0o700)
+        loop = queuectl.Loop()
+        self.addCleanup(loop.selector.close)
+        told = []
+        pool = queuectl.Pool(spool, loop, told.append, 1024)
+        before = os.listdir("/proc/self/fd")
+        with mock.patch("os.fork", side_effect=BlockingIOError):
+            self.assertFalse(pool.start_worker(0) or pool.start_worker(0))
+        self.assertEqual(os.listdir("/proc/self/fd"), before)
+        self.assertEqual(told, ["can't start a worker: "] * 2)
+
     def test_a_daemon_that_nobody_listens_to_still_starts_workers(self):
         # This command is gone once it is done, and with it the other end of the daemon's stderr.
         subprocess.check_call([sys.executable, SCRIPT, "worker", "start"], env=self.env,
