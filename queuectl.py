@@ -468,6 +468,16 @@ def read_at(path, start, size):
         os.close(fd)
 
 
+@contextlib.contextmanager
+def passing_over():
+    """What can't be read is left out. But for want of descriptors: then nothing is known of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+
+
 def process_status(pid):
     """What /proc tells of a process, from its state on (see proc(5)); [] for a zombie."""
     fields = read_at("/proc/%d/stat" % pid, 0, 4096)[0].rpartition(b")")[2].split()
@@ -476,14 +486,11 @@ def process_status(pid):
 
 def process_start(pid):
     """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie."""
-    try:
+    with passing_over():
         fields = process_status(pid)
         return fields[19].decode() if fields else ""
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise
-        if os.path.exists("/proc/self/stat"):
-            return ""
+    if os.path.exists("/proc/self/stat"):
+        return ""
     import subprocess
     try:
         return subprocess.check_output(["ps", "-o", "lstart=", "-p", str(pid)],
@@ -1803,33 +1810,32 @@ class Spool:
     def record(self, claim, file=None):
         """What the worker noted about this very attempt, {} if nothing. `file`: its file, where
         that is open."""
-        try:
-            data = (os.pread(file.fileno(), RECORD_BYTES, 0) if file else
-                    read_at(self.worker_file(claim.slot), 0, RECORD_BYTES)[0])
-        except OSError:
-            return {}
-        record = unpad(data)
+        record = {}
+        with passing_over():
+            record = unpad(os.pread(file.fileno(), RECORD_BYTES, 0) if file else
+                           read_at(self.worker_file(claim.slot), 0, RECORD_BYTES)[0])
         return record if record.get("serial") == claim.serial else {}
 
     def tail(self, serial, limit):
         """(the last `limit` bytes of the attempt's output, how many came before)."""
-        try:
+        data, size = b"", 0
+        with passing_over():
             data, size = read_at(self.run_file(serial), -limit, limit)
-            return data, max(size - limit, 0)
-        except OSError:
-            return b"", 0
+        return data, max(size - limit, 0)
 
     def piece(self, claim, offset, limit):
         """(bytes of what the running attempt wrote, from byte `offset` of it on, or from what is
-        left of it on; where they start; where all of it ends); None while it is being cut."""
-        before = self.record(claim).get("dropped", 0)
-        try:
-            data, size = read_at(self.run_file(claim.serial), max(offset - (before or 0), 0), limit)
-        except OSError:
-            data, size = b"", 0
-        if before is None or self.record(claim).get("dropped", 0) != before:
-            return None
-        return data, max(offset, before), before + size
+        left of it on; where they start; where all of it ends); None while it is being cut, or
+        can't be looked at."""
+        data, size = b"", 0
+        with contextlib.suppress(OSError):
+            before = self.record(claim).get("dropped", 0)
+            with passing_over():
+                data, size = read_at(self.run_file(claim.serial), max(offset - (before or 0), 0),
+                                     limit)
+            if before is not None and self.record(claim).get("dropped", 0) == before:
+                return data, max(offset, before), before + size
+        return None
 
     def discard(self, serial):
         with contextlib.suppress(OSError):  # what stays is removed at the next start

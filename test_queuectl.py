@@ -1059,6 +1059,18 @@ class LeaderTest(Case):
         self.assertEqual(spool.last_serial(), 41)
 
 
+class SpoolTest(Case):
+    def test_without_descriptors_nothing_is_known_of_an_attempt(self):
+        spool = queuectl.Spool(self.folder() + "/q")
+        claim = mock.Mock(serial=1, slot=1)
+        self.assertEqual((spool.record(claim), spool.tail(1, 9)), ({}, (b"", 0)))
+        self.assertEqual(spool.piece(claim, 0, 9), (b"", 0, 0))
+        with mock.patch("os.open", side_effect=OSError(errno.EMFILE, "no descriptors")):
+            self.assertRaises(OSError, spool.record, claim)
+            self.assertRaises(OSError, spool.tail, 1, 9)
+            self.assertIsNone(spool.piece(claim, 0, 9))
+
+
 class AttemptTest(Case):
     def setUp(self):
         self.base = self.folder()
@@ -3597,6 +3609,20 @@ on_sql(hook)""" % full, "--workers", "1")
         self.wait_for("completed", 2)
         self.assertEqual(self.rows(poor), [("completed", 1, 1)])
         return worker, self.workers_of(daemon)
+
+    def test_a_want_of_descriptors_costs_no_output(self):
+        self.driven("""
+def read_at(path, start, size):
+    if start < 0 and not os.path.exists(%(looked)r):
+        os.close(os.open(%(looked)r, os.O_CREAT))
+        raise OSError(queuectl.errno.EMFILE, "no descriptors")
+    return real(path, start, size)
+real, queuectl.read_at = queuectl.read_at, read_at""" % {"looked": self.path("looked")},
+                    "--workers", "1")
+        job = self.enqueue("echo hello")
+        self.wait_for("completed")
+        self.assertTrue(os.path.exists(self.path("looked")))
+        self.assertEqual(self.prints("logs", job), "hello\n")
 
     def test_an_attempt_without_descriptors_is_given_back(self):
         worker, after = self.starve("NOFILE", 3)
