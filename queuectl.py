@@ -2017,6 +2017,7 @@ class Attempt:
         import subprocess
         order = self.order
         self.output, theirs = os.pipe()
+        os.set_blocking(self.output, False)  # a command may read from there what we were told of
         try:
             self.process = subprocess.Popen(
                 [word.encode() for word in order["shell"]] + [order["command"].encode()],
@@ -2027,11 +2028,12 @@ class Attempt:
             os.close(theirs)
 
     def on_output(self):
-        data = os.read(self.output, 65536)
-        if data:
-            self.keep(data)
-        else:
-            self.close_output()
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self.output, 65536)
+            if data:
+                self.keep(data)
+            else:
+                self.close_output()
 
     def keep(self, data):
         """Add to the run file; a full disk costs the output, not the job."""
@@ -2062,7 +2064,8 @@ class Attempt:
         if self.output is not None:
             import termios
             left, = struct.unpack("i", fcntl.ioctl(self.output, termios.FIONREAD, b"\0" * 4))
-            self.keep(os.read(self.output, left))  # a pipe gives all it has, if asked for as much
+            with contextlib.suppress(BlockingIOError):
+                self.keep(os.read(self.output, left))  # a pipe gives all it has, if asked for it
             self.close_output()
 
     def close_output(self):

@@ -1132,6 +1132,14 @@ class AttemptTest(Case):
                 self.assertEqual([note["phase"] for note in self.notes[-3:]],
                                  ["starting", "running", "ended"])
 
+    def test_output_that_the_command_read_itself_is_not_waited_for(self):
+        run = self.start("exec sleep 1")
+        run.on_output()
+        self.assertIsNotNone(run.output)  # it would be closed if the end had been waited for
+        with mock.patch("fcntl.ioctl", return_value=struct.pack("i", 5)):
+            run.drain()
+        self.assertEqual(self.finish(run), (0, "", b""))
+
     def test_the_record_names_the_process_and_the_run_file_is_locked(self):
         os.mkfifo(self.base + "/go")
         run = self.start("read x <go")
