@@ -114,6 +114,8 @@ MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
 LOOKED_AT = 20000               # jobs that `check` looks at, some 20 ms
 LOW_DISK = 64 << 20             # bytes free below which `doctor` warns
 MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to, at least, before it is cut
+PIECE = 64 << 10                # bytes of output read at a time
+MAX_PIPE = 1 << 20              # bytes in a pipe, at the most
 
 KEEP_MS = 2000                  # a completed job stays at least: who waits for it must see it
 GRACE_S = 2.0                   # from SIGTERM to SIGKILL
@@ -2029,7 +2031,7 @@ class Attempt:
 
     def on_output(self):
         with contextlib.suppress(BlockingIOError):
-            data = os.read(self.output, 65536)
+            data = os.read(self.output, PIECE)
             if data:
                 self.keep(data)
             else:
@@ -2061,12 +2063,10 @@ class Attempt:
 
     def drain(self):
         """Take what is in the pipe now: whoever still writes there is not waited for."""
-        if self.output is not None:
-            import termios
-            left, = struct.unpack("i", fcntl.ioctl(self.output, termios.FIONREAD, b"\0" * 4))
-            with contextlib.suppress(BlockingIOError):
-                self.keep(os.read(self.output, left))  # a pipe gives all it has, if asked for it
-            self.close_output()
+        for _ in range(MAX_PIPE // PIECE):
+            if self.output is not None:
+                self.on_output()
+        self.close_output()
 
     def close_output(self):
         if self.output is not None:

@@ -1136,9 +1136,13 @@ class AttemptTest(Case):
         run = self.start("exec sleep 1")
         run.on_output()
         self.assertIsNotNone(run.output)  # it would be closed if the end had been waited for
-        with mock.patch("fcntl.ioctl", return_value=struct.pack("i", 5)):
-            run.drain()
+        run.drain()
         self.assertEqual(self.finish(run), (0, "", b""))
+
+    def test_nothing_is_loaded_once_a_command_runs(self):
+        run = self.start("sleep 9 & echo out; exit 3")
+        with mock.patch("builtins.__import__", side_effect=ImportError("a disk that fails")):
+            self.assertEqual(self.finish(run), (3, "", b"out\n"))
 
     def test_the_record_names_the_process_and_the_run_file_is_locked(self):
         os.mkfifo(self.base + "/go")
