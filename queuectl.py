@@ -4030,8 +4030,9 @@ class Daemon:
             results = self.pool.results(self.store.settings["output-limit"], now)
         except OSError as error:  # no descriptors, or the disk fails: nothing is known yet
             self.trouble(error, now)
-            return
-        if not results and not self.wants_turn(now):
+            results = []
+        # Requests are done even so: who makes them may have all the descriptors.
+        if not results and not self.writes and not self.wants_turn(now):
             return
         writes, self.writes = self.writes, []
         try:

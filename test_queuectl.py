@@ -3622,18 +3622,21 @@ on_sql(hook)""" % full, "--workers", "1")
         self.assertEqual(self.rows(poor), [("completed", 1, 1)])
         return worker, self.workers_of(daemon)
 
-    def test_a_want_of_descriptors_costs_no_output(self):
+    def test_a_want_of_descriptors_costs_no_output_and_holds_no_request_up(self):
+        poor = self.path("poor")
         self.driven("""
 def read_at(path, start, size):
-    if start < 0 and not os.path.exists(%(looked)r):
-        os.close(os.open(%(looked)r, os.O_CREAT))
+    if start < 0 and os.path.exists(%r):
         raise OSError(queuectl.errno.EMFILE, "no descriptors")
     return real(path, start, size)
-real, queuectl.read_at = queuectl.read_at, read_at""" % {"looked": self.path("looked")},
-                    "--workers", "1")
+real, queuectl.read_at = queuectl.read_at, read_at""" % poor, "--workers", "1")
+        open(poor, "w").close()
         job = self.enqueue("echo hello")
-        self.wait_for("completed")
-        self.assertTrue(os.path.exists(self.path("looked")))
+        wait_until(lambda: "no descriptors" in self.read("q.db.log"), "its outcome is put off")
+        self.enqueue("true")
+        self.assertEqual(self.job(job)["state"], "processing")
+        os.unlink(poor)
+        self.wait_for("completed", 2)
         self.assertEqual(self.prints("logs", job), "hello\n")
 
     def test_an_attempt_without_descriptors_is_given_back(self):
