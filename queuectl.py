@@ -1880,26 +1880,30 @@ def settle(record, worker_locked, run_locked, leader_lives, same_boot):
     return "lost"
 
 
-def group_lives(pid, job):
-    """Whether a process of that job, no zombie, is left of the group and session `pid` has led."""
-    mark, both = b"QUEUECTL_JOB_ID=" + job.encode(), [b"%d" % pid] * 2
+def group_of(mark, pid=None):
+    """The group, in a session of its own, of a process, no zombie, that has `mark` in its
+    environment; `pid`: if it is that one. None if there is none."""
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError,
-                                 IndexError):  # it is just going
-            if process_status(int(name))[2:4] == both and mark in read_at(
+                                 IndexError, ValueError):  # it is just going
+            group, session = map(int, process_status(int(name))[2:4])
+            if group == session and pid in (None, group) and mark in read_at(
                     "/proc/%s/environ" % name, 0, 1 << 22)[0].split(b"\0"):
-                return True
-    return False
+                return group
+    return None
 
 
-def leader(record, job):
+def leader(record, job, run_file):
     """The pid of the attempt's first process if it still is that one, or if others of its group
     have outlived it. Else None."""
+    if record.get("phase") == "starting":  # it may have begun, and none has noted its pid
+        return group_of(b"QUEUECTL_RUN=" + os.fsencode(run_file))
     pid = record.get("pid")
     if not pid or not record.get("start"):
         return None
     start = process_start(pid)
-    lives = start == record["start"] if start else group_lives(pid, job)
+    lives = (start == record["start"] if start
+             else group_of(b"QUEUECTL_JOB_ID=" + job.encode(), pid))
     return pid if lives else None
 
 
@@ -1907,9 +1911,9 @@ def examine(claim, spool):
     """(what `settle` says of the attempt, its record)."""
     locked = is_locked(spool.worker_file(claim.slot))  # first: once it is free the record is final
     record = spool.record(claim)
-    same_boot = claim.boot == boot_id()
-    return settle(record, locked, is_locked(spool.run_file(claim.serial)),
-                  same_boot and bool(leader(record, claim.job)), same_boot), record
+    same_boot, run_file = claim.boot == boot_id(), spool.run_file(claim.serial)
+    return settle(record, locked, is_locked(run_file),
+                  same_boot and bool(leader(record, claim.job, run_file)), same_boot), record
 
 
 def signal_command(pid, run_file, number):
@@ -1936,11 +1940,12 @@ def exit_status(process):
     return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
 
 
-def job_environment(order):
+def job_environment(order, run_file):
     """What a command finds in its environment: the worker's, the job's, ours. None: the worker's,
     with ours in it, which costs no copy."""
     ours = {b"QUEUECTL_JOB_ID": order["id"].encode(),
-            b"QUEUECTL_ATTEMPT": str(order["attempt"]).encode()}
+            b"QUEUECTL_ATTEMPT": str(order["attempt"]).encode(),
+            b"QUEUECTL_RUN": os.fsencode(run_file)}  # by which `leader` knows it
     if order["env"]:
         own = {name.encode(): value.encode() for name, value in order["env"].items()}
         return {**os.environb, **own, **ours}
@@ -2024,7 +2029,7 @@ class Attempt:
             self.process = subprocess.Popen(
                 [word.encode() for word in order["shell"]] + [order["command"].encode()],
                 stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-                cwd=os.fsencode(os_path(order["cwd"])), env=job_environment(order),
+                cwd=os.fsencode(os_path(order["cwd"])), env=job_environment(order, self.path),
                 pass_fds=(self.file,), start_new_session=True)
         finally:
             os.close(theirs)
@@ -2772,7 +2777,8 @@ class Pool:
         if orphan.kill_at is None or now >= orphan.kill_at:
             number = signal.SIGTERM if orphan.kill_at is None else signal.SIGKILL
             orphan.kill_at, claim = now + GRACE_S, orphan.claim
-            signal_command(leader(record, claim.job), self.spool.run_file(claim.serial), number)
+            run_file = self.spool.run_file(claim.serial)
+            signal_command(leader(record, claim.job, run_file), run_file, number)
 
     def frees(self, claim):
         """Whether a worker of ours is free for another job once `claim` is closed."""

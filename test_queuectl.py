@@ -1028,25 +1028,28 @@ class StoreTest(StoreCase):
 
 class LeaderTest(Case):
     def test_a_group_speaks_for_its_leader_as_long_as_it_has_members(self):
+        run = self.folder() + "/1"
         leader = subprocess.Popen(["/bin/sh", "-c", "read x; sleep 300 & echo $!; read x"],
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  env=dict(os.environ, QUEUECTL_JOB_ID="a"),
+                                  env=dict(os.environ, QUEUECTL_JOB_ID="a", QUEUECTL_RUN=run),
                                   start_new_session=True)
         self.addCleanup(leader.communicate)
         record = {"pid": leader.pid, "start": queuectl.process_start(leader.pid)}
-        self.assertEqual(queuectl.leader(record, "a"), leader.pid)
-        self.assertIsNone(queuectl.leader(dict(record, start="another"), "a"))
+        self.assertEqual(queuectl.leader(record, "a", run), leader.pid)
+        self.assertIsNone(queuectl.leader(dict(record, start="another"), "a", run))
+        self.assertEqual(queuectl.leader({"phase": "starting"}, "a", run), leader.pid)
+        self.assertIsNone(queuectl.leader({"phase": "starting"}, "a", run + "1"))
         leader.stdin.write(b"\n")
         leader.stdin.flush()
         member = int(leader.stdout.readline())
         os.kill(leader.pid, signal.SIGKILL)
         wait_until(lambda: not queuectl.process_start(leader.pid), "the leader has ended")
-        self.assertEqual(queuectl.leader(record, "a"), leader.pid)
-        self.assertIsNone(queuectl.leader(record, "b"))  # a number used again
+        self.assertEqual(queuectl.leader(record, "a", run), leader.pid)
+        self.assertIsNone(queuectl.leader(record, "b", run))  # a number used again
         os.kill(member, signal.SIGKILL)
         wait_until(lambda: not queuectl.process_start(member), "the member has ended")
-        self.assertIsNone(queuectl.leader(record, "a"))
-        self.assertIsNone(queuectl.leader({}, "a"))
+        self.assertIsNone(queuectl.leader(record, "a", run))
+        self.assertIsNone(queuectl.leader({}, "a", run))
 
     def test_numbers_are_above_those_of_every_file(self):
         spool = queuectl.Spool(self.folder() + "/q")
@@ -1150,7 +1153,7 @@ class AttemptTest(Case):
         self.assertEqual(self.notes[-1], {
             "serial": 1, "phase": "running", "pid": run.process.pid,
             "start": queuectl.process_start(run.process.pid)})
-        self.assertEqual(queuectl.leader(self.notes[-1], "a"), run.process.pid)
+        self.assertEqual(queuectl.leader(self.notes[-1], "a", run.path), run.process.pid)
         self.assertEqual(os.getpgid(run.process.pid), run.process.pid)
         self.assertIs(queuectl.is_locked(run.path), True)
         with open(self.base + "/go", "w") as fifo:
@@ -1159,7 +1162,7 @@ class AttemptTest(Case):
         with mock.patch("os.listdir", side_effect=AssertionError):  # no search for what has ended
             self.assertIsNone(queuectl.leader(self.notes[-1], "a"))
         self.assertIs(queuectl.is_locked(run.path), False)
-        self.assertIsNone(queuectl.leader(self.notes[-2], "a"))
+        self.assertIsNone(queuectl.leader(self.notes[-2], "a", run.path))
 
     def test_a_timeout_ends_the_whole_group_and_who_left_it(self):
         leaver = "import os,time; os.setsid(); print(os.getpid(), flush=True); time.sleep(60)"
@@ -3200,13 +3203,14 @@ class FaultCase(QueueCase):
 class FailpointTest(FaultCase):
     """kill -9 at the n-th pass of a point, n upward until a run completes."""
 
-    def kill_at(self, point, jobs=2, lost=0, worker=False, at_least=1):
+    def kill_at(self, point, jobs=2, lost=0, worker=False, at_least=1, then=""):
         """`point`: code that calls die() where it is to happen; `lost`: attempts that each kill
-        costs; `worker`: it is one that dies, and its daemon makes it good."""
+        costs; `worker`: it is one that dies, and its daemon makes it good; `then`: what the
+        jobs do in the end."""
         ids, losses = [], 0
         self.ok("config", "set", "delay-base", "1")
         for n in itertools.count(1):
-            ids += [self.probe("%d.%d" % (n, i)) for i in range(jobs)]
+            ids += [self.probe("%d.%d" % (n, i), then) for i in range(jobs)]
             passes = self.path("passes%d" % n)
             daemon = self.driven("die = lambda: passed(%r, %d)\n%s" % (passes, n, point),
                                  "--workers", "2", ready=False)
@@ -3251,6 +3255,11 @@ class FailpointTest(FaultCase):
 
     def test_a_worker_dies_once_its_command_runs(self):
         self.kill_at("around(queuectl.Attempt, 'spawn', False, die)", jobs=1, lost=1, worker=True)
+
+    def test_a_worker_dies_once_its_command_runs_and_has_closed_its_descriptors(self):
+        self.kill_at("around(queuectl.Attempt, 'spawn', False,"
+                     " lambda: (queuectl.time.sleep(0.2), die()))", jobs=1, lost=1, worker=True,
+                     then="; exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; sleep 2")
 
     def test_a_worker_dies_before_it_notes_an_outcome(self):
         self.kill_at("around(queuectl.Attempt, 'finish', True, die)", jobs=1, lost=1, worker=True)
