@@ -1480,10 +1480,18 @@ class Store:
         return self.value("""SELECT 1 FROM running JOIN jobs ON jobs.serial = running.serial
                              WHERE running.job = ? AND jobs.id = ?""", (job_id, job_id)) is not None
 
+    def mark_stopped(self, serials, now):
+        """Note that these open attempts are stopped, to be given back: as a cancel, but negative,
+        which a cancel replaces."""
+        self.cancels = True
+        self.write_all("UPDATE running SET cancelled = ? WHERE serial = ? AND cancelled = 0",
+                       [(-now, serial) for serial in serials])
+
     def cancelled(self):
-        """{serial: ms when it was cancelled} of the open attempts that are to be stopped."""
+        """{serial: ms when it was cancelled, negative: stopped} of the open attempts that are to
+        be stopped."""
         found = self.cancels and dict(self.query(
-            "SELECT serial, cancelled FROM running WHERE cancelled > 0"))
+            "SELECT serial, cancelled FROM running WHERE cancelled != 0"))
         self.cancels = bool(found)
         return found or {}
 
@@ -2723,17 +2731,20 @@ class Pool:
         for hand in list(self.hands.values()):
             if hand.claim and (hand.leaving or not leaving):
                 hand.stop("stopped")
-        for orphan in self.orphans.values():
-            if orphan.attended:
-                orphan.reason, self.look_at = orphan.reason or "stopped", 0.0
+
+    def attended(self):
+        """The attempts that another daemon's workers still work at."""
+        return [serial for serial, orphan in self.orphans.items() if orphan.attended]
 
     def cancel(self, serials):
-        """Have these commands stopped for good; once more does no harm."""
+        """Have these commands stopped; once more does no harm. Of `serials`, {serial: ms}, those
+        that are negative are orphans to be given back."""
         for hand in list(self.hands.values()):
-            if hand.claim and hand.claim.serial in serials:
+            if hand.claim and serials.get(hand.claim.serial, 0) > 0:
                 hand.stop("cancelled")
         for serial in set(serials) & set(self.orphans):
-            self.orphans[serial].reason, self.look_at = "cancelled", 0.0
+            self.orphans[serial].reason = "cancelled" if serials[serial] > 0 else "stopped"
+            self.look_at = 0.0
 
     # -- what became of it
 
@@ -2765,10 +2776,7 @@ class Pool:
             elif orphan.attended:
                 soon = soon or now < orphan.since + LOOK_S
             else:
-                result = result_of(claim, verdict, record, self.spool, limit)
-                if orphan.reason == "stopped" and result.outcome.status != 0:
-                    result = result._replace(outcome=result.outcome._replace(reason="stopped"))
-                found.append(result)
+                found.append(result_of(claim, verdict, record, self.spool, limit))
         self.look_at = now + (BUSY_S if soon else LOOK_S)
         return found
 
@@ -3349,8 +3357,11 @@ def record_results(store, results, now):
         claim, outcome, heir = result.claim, result.outcome, None
         spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
         verdict = decide(claim, outcome, store.settings, now, spread)
-        at = cancelled.get(claim.serial)
-        if at and not (verdict.state in FINISHED and outcome.ended_at and outcome.ended_at < at):
+        at = cancelled.get(claim.serial, 0)
+        if at < 0 and outcome.status != 0:
+            outcome = outcome._replace(reason="stopped")
+            verdict = decide(claim, outcome, store.settings, now)
+        if at > 0 and not (verdict.state in FINISHED and outcome.ended_at and outcome.ended_at < at):
             outcome = outcome._replace(reason="cancelled", detail="")
             verdict = decide(claim, outcome, store.settings, now)
         if outcome.reason in GIVEN_BACK:
@@ -3923,7 +3934,7 @@ class Daemon:
         now = monotonic()
         if now >= self.forced_at:
             self.forced_at = NEVER
-            self.pool.stop_commands()
+            self.stop_commands()
         if now >= self.look_at:
             self.look(now)
         self.turn(now)
@@ -4121,7 +4132,19 @@ class Daemon:
         self.pool.converge(self.places(), now)
         if self.stop_leaving:
             self.stop_leaving = False
-            self.pool.stop_commands(leaving=True)
+            self.stop_commands(leaving=True)
+
+    def stop_commands(self, **which):
+        """Have running commands stopped and given back. Of an orphan this is stored first: its
+        worker will note a signal, and the next daemon take that for its job's failure."""
+        self.pool.stop_commands(**which)
+        try:
+            with self.store.transaction():
+                self.store.mark_stopped(self.pool.attended(), now_ms())
+            self.pool.cancel(self.store.cancelled())
+        except StorageError as error:
+            self.trouble(error, monotonic())
+            self.forced_at = self.retry_at if self.stopping else NEVER
 
     def order(self, claim):
         """What a worker needs to run the claim."""

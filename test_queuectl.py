@@ -3752,6 +3752,16 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
         worker, = self.workers_of(daemon)
         return daemon, worker
 
+    def test_an_orphan_that_a_daemon_stopped_before_it_died_is_given_back(self):
+        self.kill(self.running()[0])
+        second = self.driven("around(queuectl, 'signal_command', False,"
+                             " lambda: os.kill(os.getpid(), signal.SIGKILL))")
+        self.ok("worker", "stop", "--now")
+        second.wait()
+        self.daemon()
+        self.wait_for("pending")
+        self.assertEqual(self.rows("SELECT attempts, runs FROM jobs"), [(0, 0)])
+
     def test_a_daemon_from_a_newer_copy_adopts_what_runs(self):
         daemon, worker = self.running()
         with open(SCRIPT, encoding="utf-8") as file:
