@@ -2634,14 +2634,17 @@ class Pool:
         """Fork one; False (and a pause) where the system has no room for it."""
         try:
             slot, slot_fd = self.take_slot()
-            with open(slot_fd, "rb"):  # ours is closed, the lock lives on in the worker's copy
+            # Ours of the slot is closed, the lock lives on in the worker's copy.
+            with open(slot_fd, "rb"), contextlib.ExitStack() as made:
                 # Opened apart: it shares no lock.
-                file = open(self.spool.worker_file(slot), "rb", buffering=0)
-                ours, theirs = socket.socketpair()
-                with theirs, undone(4):  # multiprocessing keeps two pipes if it can't fork
+                file = made.enter_context(open(self.spool.worker_file(slot), "rb", buffering=0))
+                ours, theirs = map(made.enter_context, socket.socketpair())
+                with undone(4):  # multiprocessing keeps two pipes if it can't fork
                     process = self.context.Process(
                         target=worker_main, args=(theirs, slot_fd, self.spool, self.open_files))
                     process.start()
+                made.pop_all()
+                theirs.close()
         except (OSError, Failure) as error:
             self.log("can't start a worker: %s" % error)
             self.hold_until = now + LOOK_S

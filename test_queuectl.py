@@ -1160,7 +1160,7 @@ class AttemptTest(Case):
             fifo.write("\n")
         self.assertEqual(self.finish(run), (0, "", b""))
         with mock.patch("os.listdir", side_effect=AssertionError):  # no search for what has ended
-            self.assertIsNone(queuectl.leader(self.notes[-1], "a"))
+            self.assertIsNone(queuectl.leader(self.notes[-1], "a", run.path))
         self.assertIs(queuectl.is_locked(run.path), False)
         self.assertIsNone(queuectl.leader(self.notes[-2], "a", run.path))
 
