@@ -2240,17 +2240,19 @@ class DaemonTest(QueueCase):
         self.assertIn("--db", self.refused("status"))
 
     def test_what_a_daemon_of_another_version_leaves_out_is_no_traceback(self):
-        def serve(server):
-            while True:
-                client = server.accept()[0]
-                with client:
-                    if client.recv(65536):
-                        client.sendall(b'{"success":true,"message":{"jobs":{}}}\n')
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    with server.accept()[0] as client:
+                        if client.recv(65536):
+                            client.sendall(b'{"success":true,"message":{"jobs":{}}}\n')
         server = socket.socket(socket.AF_UNIX)
-        self.addCleanup(server.close)
         server.bind(self.sock)
         server.listen(5)
-        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        thread = threading.Thread(target=serve)
+        for ended in (server.close, thread.join, lambda: server.shutdown(socket.SHUT_RDWR)):
+            self.addCleanup(ended)
+        thread.start()
         del self.env["DB_PATH"]
         for words, lacking in (("enqueue -q -- true", "id"), ("cancel a", "count"),
                                ("daemon stop", "db"), ("status --watch", "totals"),
