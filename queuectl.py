@@ -526,26 +526,6 @@ def has_open(pid, fd, wanted):
     return False
 
 
-@contextlib.contextmanager
-def undone(count):
-    """Close what the block opened if it fails, up to `count` descriptors: they have the lowest
-    numbers that are free."""
-    free = []
-    try:
-        while len(free) < count:
-            free.append(os.dup(0))
-    finally:
-        for fd in free:
-            os.close(fd)
-    try:
-        yield
-    except OSError:
-        for fd in free:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        raise
-
-
 def holders(path):
     """The pids, but for our own, that have `path` open for writing: who only reads it, like
     tail -f, is no part of the job. Empty where there is no /proc."""
@@ -2583,6 +2563,26 @@ def result_of(claim, verdict, record, spool, limit, worker=None):
     outcome = Outcome(end.get("status"), end.get("reason", ""), end.get("detail", ""), dropped,
                       end.get("at"))
     return Result(claim, outcome, output, worker)
+
+
+@contextlib.contextmanager
+def undone(count):
+    """Close what the block opened if it fails, up to `count` descriptors: they have the lowest
+    numbers that are free."""
+    free = []
+    try:
+        while len(free) < count:
+            free.append(os.dup(0))
+    finally:
+        for fd in free:
+            os.close(fd)
+    try:
+        yield
+    except OSError:
+        for fd in free:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        raise
 
 
 class Pool:
