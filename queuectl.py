@@ -118,6 +118,7 @@ PIECE = 64 << 10                # bytes of output read at a time
 MAX_PIPE = 1 << 20              # bytes in a pipe, at the most
 
 KEEP_MS = 2000                  # a completed job stays at least: who waits for it must see it
+TWICE_S = 0.5                   # signals to a `run` within it are one
 GRACE_S = 2.0                   # from SIGTERM to SIGKILL
 SILENT_S = 10.0                 # a worker this long past its job's end is taken for hung
 LOOK_S = 1.0                    # between two looks at the database, the lock and the socket
@@ -5623,13 +5624,22 @@ def terminate(_number, _frame):
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def ending():
+    """A handler of ENDINGS. timeout(1) sends two signals: one that comes at once is the same again,
+    a later one ends the waiting that the first brought."""
+    heard = []
+
+    def handle(number, frame):
+        if not heard or monotonic() > heard[-1] + TWICE_S:
+            heard.append(monotonic())
+            (signal.default_int_handler if number == signal.SIGINT else terminate)(number, frame)
+    return handle
+
+
 def abandon(queue, job_id):
     """Cancel the job of a `run` that ends early, and wait for its end; what to say."""
     try:
-        # timeout(1) sends two signals: the second may end the waiting, and nothing else.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
         queue.call("cancel", ids=[job_id])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
         await_end(queue, job_id)
     except Failure:  # it has just ended, or can't be reached
         return "job %s is left as it is; see: show %s" % (safe(job_id), safe(job_id))
@@ -5638,9 +5648,10 @@ def abandon(queue, job_id):
 
 def attend(queue, job_id, quiet):
     """See a job of `run` through: its last answer. Whatever ends that early cancels the job."""
-    for number in ENDINGS[1:]:
+    handler = ending()
+    for number in ENDINGS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, terminate)
+            signal.signal(number, handler)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
         return await_end(queue, job_id) if quiet else follow(queue, job_id, work=True)

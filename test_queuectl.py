@@ -3711,7 +3711,6 @@ queuectl.now_ms = lambda: real() + %d * 86400000 * os.path.exists(%r)"""
 class OrphanTest(FaultCase):
     """The daemon's death is not the workers'."""
 
-    @unittest.skipUnless(shutil.which("unshare"), "needs unshare")
     def test_a_second_signal_does_not_keep_a_run_from_cancelling(self):
         self.daemon("--workers", "1")
         run = self.started([sys.executable, "-c", DRIVER % """
@@ -3727,6 +3726,18 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
         self.assertEqual(run.wait(10), 143)
         self.wait_for("dead")
 
+    def test_a_second_signal_ends_a_run_though_its_daemon_hangs(self):
+        daemon = self.daemon("--workers", "1")
+        run = self.started([sys.executable, SCRIPT, "run", "--", "echo started; sleep 60"],
+                           ready=False)
+        self.assertEqual(run.stdout.readline(), b"started\n")
+        daemon.send_signal(signal.SIGSTOP)
+        run.terminate()
+        time.sleep(1)
+        run.terminate()
+        self.assertEqual(run.wait(10), 143)
+
+    @unittest.skipUnless(shutil.which("unshare"), "needs unshare")
     def test_process_1_of_a_container_buries_what_jobs_left(self):
         container = ["unshare", "--pid", "--fork", "--mount-proc"]
         if subprocess.call(container + ["true"], stderr=subprocess.DEVNULL):
