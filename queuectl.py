@@ -3362,10 +3362,11 @@ def record_results(store, results, now):
         spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
         verdict = decide(claim, outcome, store.settings, now, spread)
         at = cancelled.get(claim.serial, 0)
-        if at < 0 and outcome.status != 0:
+        ended_before = bool(outcome.ended_at) and outcome.ended_at < abs(at)
+        if at < 0 and outcome.status != 0 and not ended_before:
             outcome = outcome._replace(reason="stopped")
             verdict = decide(claim, outcome, store.settings, now)
-        if at > 0 and not (verdict.state in FINISHED and outcome.ended_at and outcome.ended_at < at):
+        if at > 0 and not (verdict.state in FINISHED and ended_before):
             outcome = outcome._replace(reason="cancelled", detail="")
             verdict = decide(claim, outcome, store.settings, now)
         if outcome.reason in GIVEN_BACK:

@@ -3775,6 +3775,21 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
         self.wait_for("pending")
         self.assertEqual(self.rows("SELECT attempts, runs FROM jobs"), [(0, 0)])
 
+    def test_an_orphan_that_had_failed_before_it_was_stopped_has_failed(self):
+        first = self.daemon("--workers", "1")
+        self.enqueue("while [ ! -e %s ]; do sleep 0.1; done; exit 3" % self.path("go"))
+        self.wait_for("processing")
+        worker, = self.workers_of(first)
+        self.kill(first)
+        second = self.daemon()
+        second.send_signal(signal.SIGSTOP)
+        open(self.path("go"), "w").close()
+        wait_until(lambda: not queuectl.process_start(worker), "the worker has left")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            second.send_signal(number)
+        self.assertEqual(second.wait(10), 0)
+        self.assertEqual(self.rows("SELECT state, attempts FROM jobs"), [("failed", 1)])
+
     def test_a_daemon_from_a_newer_copy_adopts_what_runs(self):
         daemon, worker = self.running()
         with open(SCRIPT, encoding="utf-8") as file:
