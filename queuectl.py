@@ -4499,8 +4499,11 @@ def start_in_background(place, *options):
     """Start a daemon in a session of its own; its ready line, once it is."""
     import subprocess
     command = [sys.executable or "python3"] + call_of(place) + ["daemon"] + list(options)
+    environment = dict(os.environb)
+    environment.pop(b"QUEUECTL_RUN", None)  # a job may start it, but it is no part of that
     daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, cwd="/", start_new_session=True)
+                              stderr=subprocess.PIPE, cwd="/", start_new_session=True,
+                              env=environment)
     ready = daemon.stdout.readline()
     if ready:
         daemon.returncode = 0  # it outlives us; subprocess would warn that nobody waited

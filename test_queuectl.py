@@ -3790,6 +3790,16 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
         self.assertEqual(second.wait(10), 0)
         self.assertEqual(self.rows("SELECT state, attempts FROM jobs"), [("failed", 1)])
 
+    def test_a_queue_that_an_orphan_started_is_no_part_of_it(self):
+        first = self.driven("around(queuectl.Attempt, 'spawn', False, lambda:"
+                            " (queuectl.time.sleep(0.2), os.kill(os.getppid(), signal.SIGKILL),"
+                            " os.kill(os.getpid(), signal.SIGKILL)))", "--workers", "1")
+        self.enqueue("exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; sleep 1; %s %s worker start" % (
+            queuectl.shell_quote(sys.executable), queuectl.shell_quote(SCRIPT)))
+        first.wait()
+        self.wait_for("failed")
+        self.assertEqual(self.ok("status")["workers"], 1)
+
     def test_a_daemon_from_a_newer_copy_adopts_what_runs(self):
         daemon, worker = self.running()
         with open(SCRIPT, encoding="utf-8") as file:
