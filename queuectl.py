@@ -1902,7 +1902,8 @@ def examine(claim, spool):
     record = spool.record(claim)
     same_boot, run_file = claim.boot == boot_id(), spool.run_file(claim.serial)
     return settle(record, locked, is_locked(run_file),
-                  same_boot and bool(leader(record, claim.job, run_file)), same_boot), record
+                  same_boot and not locked and bool(leader(record, claim.job, run_file)),
+                  same_boot), record
 
 
 def signal_command(pid, run_file, number):

@@ -1051,6 +1051,17 @@ class LeaderTest(Case):
         self.assertIsNone(queuectl.leader(record, "a", run))
         self.assertIsNone(queuectl.leader({}, "a", run))
 
+    def test_while_the_worker_lives_its_command_is_not_looked_for(self):
+        spool = queuectl.Spool(self.folder() + "/q")
+        os.mkdir(spool.path)
+        claim = mock.Mock(serial=1, slot=1, boot=queuectl.boot_id())
+        with open(spool.worker_file(1), "wb") as file:
+            file.write(queuectl.pad({"serial": 1, "phase": "starting"}, 4096))
+            file.flush()
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with mock.patch("queuectl.leader", side_effect=AssertionError):
+                self.assertEqual(queuectl.examine(claim, spool)[0], "leave")
+
     def test_numbers_are_above_those_of_every_file(self):
         spool = queuectl.Spool(self.folder() + "/q")
         os.mkdir(spool.path)
