@@ -3304,6 +3304,7 @@ def op_worker_stop(context, count=None, now=False):
     fewer = wanted if count is None else min(wanted, count)
     context.store.set_wanted(wanted - fewer)
     if context.daemon and now:
+        context.store.mark_stopped(context.daemon.pool.attended(), context.now)
         context.daemon.stop_leaving = True
     return reply("Stopped workers" if count is None else "Stopped %s" % plural(fewer, "worker"))
 
@@ -4138,19 +4139,19 @@ class Daemon:
         self.pool.converge(self.places(), now)
         if self.stop_leaving:
             self.stop_leaving = False
-            self.stop_commands(leaving=True)
+            self.pool.stop_commands(leaving=True)
 
-    def stop_commands(self, **which):
+    def stop_commands(self):
         """Have running commands stopped and given back. Of an orphan this is stored first: its
         worker will note a signal, and the next daemon take that for its job's failure."""
-        self.pool.stop_commands(**which)
+        self.pool.stop_commands()
         try:
             with self.store.transaction():
                 self.store.mark_stopped(self.pool.attended(), now_ms())
             self.pool.cancel(self.store.cancelled())
         except StorageError as error:
             self.trouble(error, monotonic())
-            self.forced_at = self.retry_at if self.stopping else NEVER
+            self.forced_at = self.retry_at
 
     def order(self, claim):
         """What a worker needs to run the claim."""

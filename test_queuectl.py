@@ -3786,6 +3786,17 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
         self.wait_for("pending")
         self.assertEqual(self.rows("SELECT attempts, runs FROM jobs"), [(0, 0)])
 
+    def test_a_stop_of_workers_reaches_an_orphan_though_the_database_was_locked(self):
+        self.kill(self.running()[0])
+        self.driven("""
+inner = queuectl.Store.mark_stopped
+def locked(*args):
+    queuectl.Store.mark_stopped = inner
+    raise queuectl.Busy("another program has it")
+queuectl.Store.mark_stopped = locked""")
+        self.ok("worker", "stop", "--now")
+        self.wait_for("pending")
+
     def test_an_orphan_that_had_failed_before_it_was_stopped_has_failed(self):
         first = self.daemon("--workers", "1")
         self.enqueue("while [ ! -e %s ]; do sleep 0.1; done; exit 3" % self.path("go"))
