@@ -3743,10 +3743,8 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
                            ready=False)
         self.assertEqual(run.stdout.readline(), b"started\n")
         daemon.send_signal(signal.SIGSTOP)
-        run.terminate()
-        time.sleep(1)
-        run.terminate()
-        self.assertEqual(run.wait(10), 143)
+        wait_until(lambda: run.terminate() or run.poll() is not None, "it has ended", 20, every_s=1)
+        self.assertEqual(run.returncode, 143)
 
     @unittest.skipUnless(shutil.which("unshare"), "needs unshare")
     def test_process_1_of_a_container_buries_what_jobs_left(self):
