@@ -1641,9 +1641,20 @@ class QueueCase(unittest.TestCase):
             return connection.execute(sql, values).fetchall()
 
     def wait_for(self, state, count=1):
-        """Wait until so many jobs are in `state`."""
+        """Wait until so many jobs are in `state`, and begun if that is "processing": a daemon that
+        dies just after its claim takes the order along."""
         wait_until(lambda: self.rows("SELECT COUNT(*) FROM jobs WHERE state = ?", state)
                    == [(count,)], "%d jobs are %s" % (count, state))
+        if state == "processing":
+            wait_until(lambda: self.begun() >= count, "%d commands run" % count)
+
+    def begun(self):
+        """The number of open attempts whose worker has noted its command."""
+        noted = [queuectl.unpad(self.read("q.db-run/" + name).encode())
+                 for name in os.listdir(self.path("q.db-run")) if name[0] == "w"]
+        running = [serial for serial, in self.rows("SELECT serial FROM running")]
+        return sum(record.get("phase") == "running" and record["serial"] in running
+                   for record in noted)
 
     def path(self, name):
         return os.path.join(self.dir, name)
@@ -1661,8 +1672,11 @@ class QueueCase(unittest.TestCase):
         return FIFO_JOB % self.path(name)
 
     def open_gate(self, name="gate"):
-        with open(self.path(name), "w") as file:
-            file.write("through\n")
+        def through():
+            with contextlib.suppress(OSError):  # nobody waits there yet
+                with open(os.open(self.path(name), os.O_WRONLY | os.O_NONBLOCK), "w") as file:
+                    return file.write("through\n")
+        wait_until(through, "a job is at the gate")
 
     def workers_of(self, daemon):
         """The pids of its workers."""
