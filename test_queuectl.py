@@ -3748,7 +3748,7 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
                             "echo started; sleep 60"], ready=False)
         self.assertEqual(run.stdout.readline(), b"started\n")
         run.terminate()
-        self.assertEqual(run.wait(10), 143)
+        self.assertEqual(run.wait(30), 143)
         self.wait_for("dead")
 
     def test_a_second_signal_ends_a_run_though_its_daemon_hangs(self):
@@ -3821,7 +3821,7 @@ queuectl.Store.mark_stopped = locked""")
         wait_until(lambda: not queuectl.process_start(worker), "the worker has left")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
             second.send_signal(number)
-        self.assertEqual(second.wait(10), 0)
+        self.assertEqual(second.wait(30), 0)
         self.assertEqual(self.rows("SELECT state, attempts FROM jobs"), [("failed", 1)])
 
     def test_a_queue_that_an_orphan_started_is_no_part_of_it(self):
