@@ -201,7 +201,7 @@ def safe(text):
 
 
 def utf8(argument):
-    """An argument as the user typed it: with the C locale 3.6 makes surrogates of é."""
+    """An argument or a path as users know it: with the C locale 3.6 makes surrogates of é."""
     try:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeError:
@@ -556,7 +556,8 @@ def unpad(data):
 
 
 # ---- Settings and jobs --------------------------------------------------------------------------
-# The job's record, and the checks of whatever a user or another program gives.
+# What `config set` may change, the job's record, and the checks of whatever a user or another
+# program gives.
 
 
 def one_of(value, choices):
@@ -3400,7 +3401,7 @@ def adopt_strangers(store, now):
             job = (job._replace(run_after=iso(verdict.due), **scheduled(verdict.due, now))
                    if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
         died = job.state == "dead" != row.state
-        store.adopt(rowid, job._replace(serial=None), died)
+        store.adopt(rowid, job, died)
         if job.unique and job.state in UNFINISHED and not store.holder(job.unique):
             store.hold_keys([job])  # it had ended, and another has had the key since
         if died:
@@ -4473,7 +4474,7 @@ class Queue:
             about = ask(DEFAULT_SOCKET, {"command": "daemon", "option": "status"}, 2)["message"]
             if os_path(about["db"]) == self.place.db:
                 return None
-        except (Failure, KeyError, TypeError):
+        except (Failure, TypeError):
             return None
         return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
             DEFAULT_SOCKET, safe(about["db"]), shell_quote(about["db"]))
@@ -4654,7 +4655,7 @@ def diagnose(queue, db):
     while not place.db_given and not os.path.isdir(folder):
         folder = os.path.dirname(folder)  # made when it is needed
     note("directory", look_at_folder, folder)
-    note("file system", lambda: check_database(folder + "/-") or mount_of(folder)[1] or "unknown")
+    note("file system", lambda: check_database(db) or mount_of(folder)[1] or "unknown")
     note("disk", look_at_disk, folder)
     for name in ("", "-wal", "-shm", ".lock", ".log", "-run"):
         note("file DB" + name, look_at_file, db + name, 0o700 if name == "-run" else 0o600)

@@ -4439,6 +4439,8 @@ class DoctorTest(QueueCase):
         self.enqueue("true")
         with mock.patch("queuectl.mount_of", return_value=("/", "nfs4")):
             self.finds("file system", "network file system (nfs4)", "--db on a local disk")
+        with mock.patch("queuectl.mount_of", return_value=(self.db, "ext4")):
+            self.finds("file system", "is mounted alone", "mount its directory")
         room = os.statvfs(self.dir)
         for values, check, *words in (
                 ({"f_bavail": 10, "f_frsize": 4096}, "disk", "are free for " + self.dir, "free some"),
@@ -5366,7 +5368,7 @@ class Plug(FaultCase):
         return {what: found for what, found in wrong.items() if found}
 
 
-def told(name, wrong, well):
+def conclude(name, wrong, well):
     """Print what is wrong, or that all is well; the exit status."""
     for what, found in wrong.items():
         print("%s: %s: %s" % (name, what, str(found)[:500]))
@@ -5387,7 +5389,7 @@ def plug(rounds, seed):
             wrong.update(case.pull(number))
     finally:
         case.doCleanups()
-    return told("plug", wrong, "nothing lost, nothing damaged")
+    return conclude("plug", wrong, "nothing lost, nothing damaged")
 
 
 def stress(seconds, seed, jobs):
@@ -5403,7 +5405,7 @@ def stress(seconds, seed, jobs):
             wrong.update(action())
         finally:
             case.doCleanups()
-    return told("stress", wrong, "nothing lost, nothing twice, nothing grew")
+    return conclude("stress", wrong, "nothing lost, nothing twice, nothing grew")
 
 
 if __name__ == "__main__":
