@@ -1086,10 +1086,19 @@ class SpoolTest(Case):
 
 
 class AttemptTest(Case):
+    """With commands started by subprocess."""
+
     def setUp(self):
         self.base = self.folder()
         self.notes = []
         self.serials = itertools.count(1)
+        mocked = mock.patch("queuectl.posix_spawn", return_value=self.posix_spawn())
+        mocked.start()
+        self.addCleanup(mocked.stop)
+        self.addCleanup(os.chdir, os.getcwd())
+
+    def posix_spawn(self):
+        return None
 
     def start(self, command, **order):
         order = dict({"serial": next(self.serials), "id": "a", "attempt": 1, "command": command,
@@ -1248,7 +1257,7 @@ class AttemptTest(Case):
     def test_want_of_processes_or_descriptors_burns_no_retry(self):
         for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENOSPC):
             with self.subTest(number=number), mock.patch(
-                    "subprocess.Popen", side_effect=OSError(number, os.strerror(number))):
+                    "queuectl.spawn", side_effect=OSError(number, os.strerror(number))):
                 run = self.start("true")
                 self.assertEqual((run.over, self.notes[-1]["reason"], self.notes[-1]["detail"]),
                                  (True, "unstarted", "can't start: " + os.strerror(number)))
@@ -1265,6 +1274,55 @@ class AttemptTest(Case):
                              {self.base + "/1", self.base + "/2"})
         self.assertEqual([note["detail"] for note in self.notes if note["phase"] == "ended"],
                          ["can't start in %s: %s" % (self.base, os.strerror(errno.ENOSPC))] * 2)
+
+
+def c_library():
+    """PosixSpawn, or None where the C library has nothing for it."""
+    with contextlib.suppress(AttributeError, ImportError, OSError):
+        return sys.platform == "linux" and queuectl.PosixSpawn()
+
+
+@unittest.skipUnless(c_library(), "posix_spawn starts no sessions here")
+class PosixSpawnTest(AttemptTest):
+    """The same with commands started by posix_spawn, whatever this Python would do."""
+
+    def posix_spawn(self):
+        return c_library()
+
+    def test_a_command_finds_the_same_world_either_way(self):
+        script = ("pwd; env | sort; umask; ps -o sid=,pgid= -p $$ | tr -d ' ' | sed s/$$/ME/g;"
+                  "cd /proc/self; grep -E '^Sig(Blk|Ign|Cgt)|^Shd' status;"
+                  "for fd in fd/*; do echo $fd; done; readlink fd/0")
+        for name in os.listdir("/dev/fd"):  # what this process was left; a worker closes them
+            with contextlib.suppress(OSError):
+                os.set_inheritable(int(name), int(name) < 3)
+        for env in ({}, {"A": "é", "PATH": "/usr/bin:/bin"}):
+            seen = []
+            for way in (c_library(), None):
+                with mock.patch("queuectl.posix_spawn", return_value=way), \
+                        mock.patch.dict(os.environ, {"THIS": "stays"}):
+                    status, reason, output = self.finish(self.start(script, env=env, shell=(
+                        "/bin/sh", "-e", "-c")))
+                self.assertEqual((status, reason), (0, ""))
+                seen.append(re.sub(rb"QUEUECTL_RUN=.*", b"", output).decode().splitlines())
+            self.assertEqual(*seen)
+            self.assertIn("THIS=stays", seen[0])
+            self.assertIn("/dev/null", seen[0])
+            self.assertEqual("A=é" in seen[0], bool(env))
+
+    def test_a_shell_is_looked_for_where_its_job_would(self):
+        folder = self.base + "/bin"
+        os.mkdir(folder)
+        for name, where in (("here", self.base), ("there", folder)):
+            os.symlink("/bin/sh", "%s/%s" % (where, name))
+        path = {"PATH": "/none:%s:/bin" % folder}
+        self.assertEqual(self.finish(self.start("echo a", shell=["there", "-c"], env=path)),
+                         (0, "", b"a\n"))
+        for shell in ("there", "here"):  # not in our PATH, nor in the job's directory
+            with self.subTest(shell=shell):
+                self.start("true", shell=[shell, "-c"], env={} if shell == "there" else path)
+                self.assertEqual(self.notes[-1]["reason"], "refused")
+                self.assertIn(shell + ": No such file", self.notes[-1]["detail"])
 
 
 class ProtocolTest(Case):
