@@ -1325,6 +1325,19 @@ class PosixSpawnTest(AttemptTest):
                 self.assertIn(shell + ": No such file", self.notes[-1]["detail"])
 
 
+@unittest.skipUnless(c_library(), "posix_spawn starts no sessions here")
+class PosixSpawnChoiceTest(Case):
+    def test_it_is_used_where_subprocess_forks_unless_something_lacks(self):
+        choose = queuectl.posix_spawn.__wrapped__
+        with mock.patch("sys.version_info", (3, 10)):
+            self.assertIsNone(choose())
+        with mock.patch("sys.version_info", (3, 9)):
+            self.assertIsInstance(choose(), queuectl.PosixSpawn)
+            for lack in (ImportError, AttributeError, OSError, MemoryError):
+                with mock.patch("queuectl.PosixSpawn", side_effect=lack):
+                    self.assertIsNone(choose())
+
+
 class ProtocolTest(Case):
     def test_a_request_ends_with_a_newline_or_once_it_is_whole(self):
         for inbox, requests, rest in (
