@@ -226,12 +226,13 @@ compact = json.JSONEncoder(separators=(",", ":"), default=repr).encode
 
 
 class Failure(Exception):
-    """A normal failure. `str()` is the line for the user; `details` travel in the answer."""
+    """A normal failure. `str()` is the line for the user, safe for a terminal; `details` travel in
+    the answer."""
 
     exit_code = 1
 
     def __init__(self, message, **details):
-        super().__init__(message)
+        super().__init__(safe(message))
         self.details = details
 
 
@@ -245,14 +246,14 @@ class BadField(Failure):
     """A job's field, or a setting, has a value it can't have."""
 
     def __init__(self, field, problem):
-        super().__init__("field %s %s" % (safe(str(field)[:80]), problem))
+        super().__init__("field %s %s" % (str(field)[:80], problem))
 
 
 class NoDaemon(Failure):
     """A command needs the daemon and none runs."""
 
     def __init__(self, db):
-        super().__init__("no daemon runs for %s; start one with: worker start" % safe(db),
+        super().__init__("no daemon runs for %s; start one with: worker start" % db,
                          no_daemon=True)
 
 
@@ -278,7 +279,7 @@ class Unreachable(Failure):
 
 def storage_error(path, error):
     """The StorageError for a sqlite3 or OS `error` on the database at `path`, with what to do."""
-    text, path = str(error), safe(path)
+    text = str(error)
     for words, advice in (
             ("locked", "%s is locked by another program; try again when it is done"),
             ("disk is full", "no space left for %s; free some and try again"),
@@ -296,7 +297,7 @@ def storage_error(path, error):
         if words in text:
             kind = Busy if words == "locked" else StorageError
             return kind((advice % path) + " (%s)" % text)
-    return StorageError("the database %s failed: %s" % (path, safe(text)))
+    return StorageError("the database %s failed: %s" % (path, text))
 
 
 def decode_json(text, what, kind=None):
@@ -312,7 +313,7 @@ def decode_json(text, what, kind=None):
     except UnicodeDecodeError:
         raise Failure("%s is not JSON in UTF-8" % what)
     except ValueError as error:
-        raise Failure("%s is not JSON: %s" % (what, safe(str(error))))
+        raise Failure("%s is not JSON: %s" % (what, error))
 
 
 # ---- Files and processes ------------------------------------------------------------------------
@@ -322,12 +323,12 @@ def decode_json(text, what, kind=None):
 def check_regular(path, status):
     """Refuse what is no regular file of ours with one name."""
     if not stat.S_ISREG(status.st_mode):
-        raise Failure("%s is not a regular file; move it away" % safe(path))
+        raise Failure("%s is not a regular file; move it away" % path)
     if status.st_uid != os.geteuid():
         raise Failure("%s belongs to another user (uid %d); run as that user or use another --db"
-                      % (safe(path), status.st_uid))
+                      % (path, status.st_uid))
     if status.st_nlink > 1:
-        raise Failure("%s has a second name (hard link); move it away" % safe(path))
+        raise Failure("%s has a second name (hard link); move it away" % path)
 
 
 def open_private(path, flags=os.O_RDWR | os.O_CREAT):
@@ -336,9 +337,9 @@ def open_private(path, flags=os.O_RDWR | os.O_CREAT):
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise Failure("%s is a symbolic link; move it away" % safe(path))
+            raise Failure("%s is a symbolic link; move it away" % path)
         advice = "; run as its owner, or use another --db" * isinstance(error, PermissionError)
-        raise Failure("can't open %s: %s%s" % (safe(path), error.strerror, advice))
+        raise Failure("can't open %s: %s%s" % (path, error.strerror, advice))
     try:
         status = os.fstat(fd)
         check_regular(path, status)
@@ -378,7 +379,7 @@ def others_can_write(path, status):
 def check_directory(path, status):
     """Refuse what is no directory of ours."""
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise Failure("%s is not a directory of yours; move it away" % safe(path))
+        raise Failure("%s is not a directory of yours; move it away" % path)
 
 
 def check_links(path):
@@ -390,7 +391,7 @@ def check_links(path):
             where, owner = os.stat(folder), os.lstat(path).st_uid
             if where.st_mode & 0o002 and owner not in (os.geteuid(), where.st_uid):
                 raise Failure("%s is a symbolic link of another user (uid %d); use another --db"
-                              % (safe(path), owner))
+                              % (path, owner))
         path, folder = folder, os.path.dirname(folder)
 
 
@@ -402,7 +403,7 @@ def private_directory(path):
     status = os.lstat(path)
     check_directory(path, status)
     if others_can_write(path, status):
-        raise Failure("%s can be written by others; run: chmod go-w %s" % (safe(path), safe(path)))
+        raise Failure("%s can be written by others; run: chmod go-w %s" % (path, path))
 
 
 def private_directories(path):
@@ -419,10 +420,10 @@ def check_folder(folder):
         status = os.stat(folder)
     except OSError as error:
         raise Failure("no directory %s (%s); make it, or give another --db"
-                      % (safe(folder), error.strerror))
+                      % (folder, error.strerror))
     if os.geteuid() == 0 and (status.st_uid != 0 or others_can_write(folder, status)):
         raise Failure("%s can be written by others than root; use a directory that can't"
-                      % safe(folder))
+                      % folder)
 
 
 def mount_of(path, table="/proc/self/mountinfo"):
@@ -446,11 +447,11 @@ def check_database(path):
     point, kind = mount_of(path)
     if point == path:
         raise Failure("%s is mounted alone, so its lock and its -wal stay behind; mount its"
-                      " directory" % safe(path))
+                      " directory" % path)
     if re.match(r"nfs|cifs|smb|9p|afs|ceph|gluster|lustre|ncp|fuse\.(ssh|gluster|ceph|s3|rclone)",
                 kind):
         raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
-                      " give a --db on a local disk" % (safe(folder), kind))
+                      " give a --db on a local disk" % (folder, kind))
 
 
 @functools.lru_cache(maxsize=None)  # no process outlives it
@@ -655,7 +656,7 @@ SETTINGS = {
 def checked_key(key):
     if not isinstance(key, str) or key not in SETTINGS:
         raise Failure("unknown setting %s; known are %s"
-                      % (safe(str(key)[:80]), ", ".join(SETTINGS)))
+                      % (str(key)[:80], ", ".join(SETTINGS)))
     return key
 
 
@@ -707,9 +708,9 @@ def as_env(value):
         if not name or "=" in as_text(name):
             raise ValueError("has a name that is empty or holds a =")
         if not is_text(text):
-            raise ValueError("needs text for %s" % safe(name[:80]))
+            raise ValueError("needs text for %s" % name[:80])
         if len(text.encode()) + len(name.encode()) >= MAX_COMMAND:
-            raise ValueError("has a value that is too long: %s" % safe(name[:80]))
+            raise ValueError("has a value that is too long: %s" % name[:80])
     text = compact(value)
     if len(text) > MAX_ENV:
         raise ValueError("is too large: at most %d bytes" % MAX_ENV)
@@ -841,7 +842,7 @@ def adopted(job, settings, now):
             problem = problem or "field %s %s" % (field, error)
     if problem:
         fields.update(command=fields["command"] or escaped(job.command), state="dead",
-                      error=problem, finished_at=iso(now))
+                      error=safe(problem), finished_at=iso(now))
     elif fields["state"] in FINISHED:
         fields["finished_at"] = fields["finished_at"] or fields["updated_at"]
     else:
@@ -1101,7 +1102,7 @@ class Store:
             if self.path != ":memory:":
                 self.file = os.stat(self.path)
                 if self.value("PRAGMA journal_mode = WAL") != "wal":
-                    raise StorageError("%s can't use WAL; check its file system" % safe(self.path))
+                    raise StorageError("%s can't use WAL; check its file system" % self.path)
             self.query("PRAGMA journal_size_limit = 8388608")
             self.query("PRAGMA temp_store = MEMORY")  # what a savepoint may undo: no file for that
             for number in range(version, len(MIGRATIONS)):
@@ -1121,12 +1122,12 @@ class Store:
             if self.known:
                 raise self.foreign("is gone")
             os.close(open_private(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        status, path = os.stat(self.path), safe(self.path)
-        if not status.st_mode & 0o200 or not os.access(self.path, os.W_OK):
+        path, status = self.path, os.stat(self.path)
+        if not status.st_mode & 0o200 or not os.access(path, os.W_OK):
             raise StorageError("%s is read-only; run: chmod u+w %s" % (path, path))
-        if os.geteuid() == 0 and others_can_write(self.path, status):
+        if os.geteuid() == 0 and others_can_write(path, status):
             raise StorageError("%s can be written by others; run: chmod 600 %s" % (path, path))
-        if os.stat(os.path.dirname(self.path)).st_mode & 0o002:
+        if os.stat(os.path.dirname(path)).st_mode & 0o002:
             self.hold_names()
 
     def hold_names(self):
@@ -1138,16 +1139,15 @@ class Store:
             raise StorageError(str(error))
 
     def foreign(self, what):
-        path = safe(self.path)
         return StorageError("%s %s, but %s.lock remembers a queue; restore the database, or remove"
-                            " %s.lock if this is meant" % (path, what, path, path))
+                            " %s.lock if this is meant" % (self.path, what, self.path, self.path))
 
     def identify(self):
         """The schema's version, after the checks that must leave the file untouched."""
         version = self.value("PRAGMA user_version")
         if version > len(MIGRATIONS):
             raise StorageError("%s was made by a newer queuectl (schema %d, this is %s with %d);"
-                               " use that one" % (safe(self.path), version, VERSION,
+                               " use that one" % (self.path, version, VERSION,
                                                   len(MIGRATIONS)))
         if self.known and (version == 0 or self.meta("identity") != self.known):
             raise self.foreign("is empty" if version == 0 else "is another queue's")
@@ -1222,7 +1222,7 @@ class Store:
         if status is None or not os.path.samestat(status, self.file) or not status.st_size:
             self.close()
             raise Replaced("%s was removed, emptied or replaced in use; nothing more is stored in it"
-                           % safe(self.path))
+                           % self.path)
 
     def query(self, sql, values=()):
         """All rows: an open cursor would hide others' writes."""
@@ -1700,7 +1700,7 @@ def copy_database(path, target):
                       WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_stat*' ORDER BY rowid""")
         tables = {name: sql for kind, name, sql in made if kind == "table"}
         if "jobs" not in tables:
-            raise StorageError("%s holds no queue" % safe(path))
+            raise StorageError("%s holds no queue" % path)
         for name, sql in tables.items():
             if name != "sqlite_sequence":  # there as soon as it is needed
                 run(sql)
@@ -1714,7 +1714,7 @@ def copy_database(path, target):
         run("PRAGMA main.user_version = %d" % run("PRAGMA source.user_version")[0])
         run("COMMIT")
         if run("PRAGMA main.integrity_check") != [("ok",)]:
-            raise StorageError("the copy in %s is damaged; check that disk" % safe(target))
+            raise StorageError("the copy in %s is damaged; check that disk" % target)
         return run("SELECT COUNT(*) FROM main.jobs")[0][0]
 
 
@@ -1722,7 +1722,7 @@ def back_up(path, target):
     """Copy the database at `path` into the new file `target`, 0600 from its first instant and on
     the disk in the end; if anything fails it is removed again. The number of jobs."""
     if os.path.lexists(target):
-        raise Failure("%s exists, and a backup replaces nothing; name another file" % safe(target))
+        raise Failure("%s exists, and a backup replaces nothing; name another file" % target)
     fd = open_private(target, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         count = copy_database(path, target)
@@ -2420,20 +2420,20 @@ def ask(path, request, patience=ANSWER_S):
             sock.connect(path)
             if peer_uid(sock) not in (os.geteuid(), None):
                 raise Failure("%s is served by another user (uid %d); give another --socket"
-                              % (safe(path), peer_uid(sock)))
+                              % (path, peer_uid(sock)))
             sock.sendall(data)
             data = bytearray()
             while not data.endswith(b"\n"):
                 piece = sock.recv(1 << 18)
                 if not piece:
-                    raise Unreachable("the daemon at %s broke off" % safe(path))
+                    raise Unreachable("the daemon at %s broke off" % path)
                 data += piece
         except socket.timeout:
             raise Failure("the daemon at %s does not answer; whether it did what was asked shows:"
-                          " list" % safe(path))
+                          " list" % path)
         except OSError as error:
-            raise Unreachable("nobody answers at %s: %s" % (safe(path), error.strerror or error))
-    answer = decode_json(data, "the answer from %s" % safe(path), Answer)
+            raise Unreachable("nobody answers at %s: %s" % (path, error.strerror or error))
+    answer = decode_json(data, "the answer from %s" % path, Answer)
     return answer if isinstance(answer, dict) else Answer()
 
 
@@ -2956,13 +2956,13 @@ ARGUMENTS = {  # name -> its check, whatever the operation is; other names those
 def versions(request):
     """Both sides' versions, for those that don't understand each other."""
     return "daemon: queuectl %s, request: %s" % (
-        VERSION, safe(str(request.get("version", "unversioned"))[:20]))
+        VERSION, str(request.get("version", "unversioned"))[:20])
 
 
 def unknown_command(request):
     """The Failure for a request that means none of OPERATIONS."""
     return Failure("unknown command %s (%s); known are %s" % (
-        safe(compact([request["command"], request.get("option")])[:80]), versions(request),
+        compact([request["command"], request.get("option")])[:80], versions(request),
         ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
 
 
@@ -2986,7 +2986,7 @@ def resolve(request):
     for name, value in arguments.items():
         if name not in found.defaults:
             raise Failure("%s takes no %s (%s)" % (
-                command, "value" if name is None else "argument " + safe(str(name)[:80]),
+                command, "value" if name is None else "argument " + str(name)[:80],
                 versions(request)))
         if name in ARGUMENTS and not (value is None and found.defaults[name] is None):
             value = checked(name, ARGUMENTS[name], value)
@@ -3009,7 +3009,7 @@ def perform(context, call):
 def known_job(store, job_id):
     job = store.job(job_id) if is_text(job_id) else None
     if job is None:
-        raise Failure("no job %s; see: list" % safe(str(job_id)[:128]))
+        raise Failure("no job %s; see: list" % str(job_id)[:128])
     return job
 
 
@@ -3036,7 +3036,7 @@ def selected(context, states, ids, state, after, upto=None):
     for job in jobs:
         if job.state not in states:
             raise Failure("job %s is %s, not %s; see: show %s" % (
-                safe(job.id), job.state, " or ".join(states), safe(job.id)))
+                job.id, job.state, " or ".join(states), job.id))
     return list(dict.fromkeys(jobs)), {"next": None}
 
 
@@ -3091,9 +3091,9 @@ def store_jobs(context, given, cwd):
             job = make_job(fields, store.settings, context.now, cwd, spare_ids[index])
             holder = job.unique and (keys.get(job.unique) or store.holder(job.unique))
             if job.id in new and not holder:
-                raise Failure("job id %s stands twice" % safe(job.id))
+                raise Failure("job id %s stands twice" % job.id)
             if "id" in fields and not holder and store.job(job.id):
-                raise Failure("job id %s is taken; choose another, or leave it out" % safe(job.id))
+                raise Failure("job id %s is taken; choose another, or leave it out" % job.id)
         except StorageError:
             raise
         except Failure as error:
@@ -3173,9 +3173,9 @@ def retry_obstacle(store, job):
     holder = job.unique and store.holder(job.unique)
     if holder:
         return ("job %s can't be retried: its unique key is held by job %s; wait for that, or"
-                " cancel it" % (safe(job.id), safe(holder)))
+                " cancel it" % (job.id, holder))
     if store.open_serial(job.id) is not None:
-        return "job %s is still being stopped; try again in a moment" % safe(job.id)
+        return "job %s is still being stopped; try again in a moment" % job.id
     return None
 
 
@@ -3322,7 +3322,7 @@ def op_config_set(context, key=None, value=None):
         raise BadField(key, "needs a value; for the default: config unset")
     text = value if isinstance(value, str) else compact(value)
     context.store.set_setting(key, read_setting(key, text))
-    return reply("Updated %s to %s" % (key, safe(text)))
+    return reply("Updated %s to %s" % (key, text))
 
 
 @operation("config", "unset", writes=True)
@@ -3574,7 +3574,7 @@ def take_lock(lock, kind):
             deadline = 0
         if monotonic() > deadline:
             raise Served("a %s, pid %s, already serves %s; %s" % (
-                holder or "process", text.get("pid", "unknown"), safe(lock.db),
+                holder or "process", text.get("pid", "unknown"), lock.db,
                 "stop it with: daemon stop" if holder == "daemon" else "wait until it is done"))
         time.sleep(0.02)
 
@@ -3584,7 +3584,7 @@ def check_socket_path(path):
     folder, name = os.path.split(path)
     if len(os.fsencode(folder)) + 1 + max(len(os.fsencode(name)), 8) > MAX_SOCKET_PATH:
         raise Failure("socket path %s is too long: at most %d bytes; give a shorter --socket"
-                      % (safe(path), MAX_SOCKET_PATH))
+                      % (path, MAX_SOCKET_PATH))
 
 
 def knock(path):
@@ -3695,7 +3695,7 @@ def make_server(path, on_connection, on_request):
         raise
     except OSError as error:
         raise Failure("can't listen at %s: %s; give another --socket"
-                      % (safe(path), error.strerror))
+                      % (path, error.strerror))
     server.socket.setblocking(False)
     return server
 
@@ -3865,7 +3865,7 @@ class Daemon:
                                                   plural(self.wanted, "worker")))
         self.step()
         return "queuectl %s daemon ready: pid %d, socket %s, database %s, %s" % (
-            VERSION, os.getpid(), safe(self.sock), safe(self.db), plural(self.wanted, "worker"))
+            VERSION, os.getpid(), self.sock, self.db, plural(self.wanted, "worker"))
 
     def listen(self):
         """At the socket given, or at the default one, or beside the database if that is taken."""
@@ -3873,7 +3873,7 @@ class Daemon:
         if state in ("live", "foreign"):
             if self.sock_given:
                 raise Failure("%s is %s; give another --socket" % (
-                    safe(self.sock), "served by another daemon" if state == "live"
+                    self.sock, "served by another daemon" if state == "live"
                     else "not a socket of yours"))
             self.sock, self.sock_given = self.db + ".sock", True
             self.listen()
@@ -4327,7 +4327,7 @@ class Daemon:
             request = parse_request(data)
             if request.get("db") not in (None, utf8(self.db)):
                 raise Failure("the daemon at %s serves %s, not %s" % (
-                    safe(self.sock), safe(self.db), safe(str(request["db"]))))
+                    self.sock, self.db, str(request["db"])))
             call = resolve(request)
             if call.operation.needs_daemon and self.kind != "daemon":
                 raise NoDaemon(self.db)
@@ -4403,7 +4403,7 @@ def locate(db, sock):
     place = Place(os.path.realpath(path), db is not None,
                   os.path.abspath(os_path(sock or DEFAULT_SOCKET)), sock is not None)
     if os.path.isdir(place.db):
-        raise Failure("%s is no file for a database; give another --db" % safe(place.db))
+        raise Failure("%s is no file for a database; give another --db" % place.db)
     check_socket_path(place.socket)
     return place
 
@@ -4415,7 +4415,7 @@ def make_default_folder(place):
         try:
             private_directories(folder)
         except OSError as error:
-            raise Failure("can't make %s: %s; give a --db" % (safe(folder), error.strerror))
+            raise Failure("can't make %s: %s; give a --db" % (folder, error.strerror))
 
 
 def shell_quote(text):
@@ -4460,7 +4460,7 @@ class Queue:
     def ask_at_socket(self, request):
         """Only a socket was given: whatever is served there."""
         if knock(self.place.socket) != "live":
-            raise Failure("no daemon at %s; name the queue with --db" % safe(self.place.socket),
+            raise Failure("no daemon at %s; name the queue with --db" % self.place.socket,
                           no_daemon=True)
         return ask(self.place.socket, request)
 
@@ -4474,7 +4474,7 @@ class Queue:
             other = self.other_queue()
             if other:
                 raise Failure("%s does not exist; %s; or name the new queue with --db"
-                              % (safe(self.place.db), other))
+                              % (self.place.db, other))
         make_default_folder(self.place)
         return patiently(lambda: self.ask_holder(request, call), Unreachable)
 
@@ -4491,7 +4491,7 @@ class Queue:
             return ask(self.socket_of(holder), request)
         except Unreachable as error:
             raise Unreachable("pid %s holds the lock of %s, but %s" % (
-                holder.get("pid", "unknown"), safe(self.place.db), error))
+                holder.get("pid", "unknown"), self.place.db, error))
 
     def socket_of(self, holder):
         """Where the lock's holder listens; a Failure if the user gave another place."""
@@ -4501,8 +4501,8 @@ class Queue:
         path = os_path(path)
         if self.place.socket_given and path != self.place.socket:
             raise Failure("the daemon of %s listens at %s, not at %s; leave out --socket and"
-                          " SOCKET_PATH" % (safe(self.place.db), safe(path),
-                                            safe(self.place.socket)))
+                          " SOCKET_PATH" % (self.place.db, path,
+                                            self.place.socket))
         if path != DEFAULT_SOCKET:
             self.mention_other()
         return path
@@ -4525,7 +4525,7 @@ class Queue:
         stored = call.operation.writes and not call.arguments.get("dry_run")
         self.note("daemon not running; %s %s" % (
             "no queue yet at" if lock is None else "stored in" if stored else "read from",
-            safe(self.place.db)))
+            self.place.db))
         return answer
 
     def settle_and_do(self, store, call):
@@ -4560,7 +4560,7 @@ class Queue:
         except (Failure, TypeError):
             return None
         return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
-            DEFAULT_SOCKET, safe(about["db"]), shell_quote(about["db"]))
+            DEFAULT_SOCKET, about["db"], shell_quote(about["db"]))
 
     def mention_other(self):
         line = None if self.mentioned else self.other_queue()
@@ -4599,7 +4599,7 @@ def start_in_background(place, *options):
     try:
         message = json.loads(lines[-1])["message"].partition(": ")[2]
     except (ValueError, KeyError, TypeError):
-        message = "the daemon did not start: %s" % safe(lines[-1])
+        message = "the daemon did not start: %s" % lines[-1]
     raise (Served if "already serves" in message else Failure)(message)
 
 
@@ -4727,8 +4727,8 @@ def diagnose(queue, db):
         try:
             detail, ok, advice = function(*args), True, ""
         except (Failure, OSError) as error:
-            ok, (detail, _, advice) = False, safe(str(error)).partition("; ")
-            advice = advice or "see %s.log" % safe(db)
+            ok, (detail, _, advice) = False, str(error).partition("; ")
+            advice = advice or "see %s.log" % db
         findings.append({"check": check, "ok": ok, "detail": detail, "advice": advice})
         return ok
 
@@ -5084,7 +5084,7 @@ def print_indented(value):
 
 def tell(line):
     """For people: a full disk or a closed pipe there is no reason to fail."""
-    utter(sys.stderr, line + "\n", 2)
+    utter(sys.stderr, safe(line) + "\n", 2)
 
 
 def write_bytes(data):
@@ -5156,7 +5156,7 @@ def flag_type(check):
         try:
             return check(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError("%s %s" % (safe(text), error))
+            raise argparse.ArgumentTypeError("%s %s" % (text, error))
     return convert
 
 
@@ -5240,7 +5240,7 @@ def job_fields(args):
         pairs = [pair.partition("=") for pairs in args.env for pair in pairs]
         for name, equals, _ in pairs:
             if not equals:
-                raise Usage("--env takes NAME=VALUE, not %s" % safe(name))
+                raise Usage("--env takes NAME=VALUE, not %s" % name)
         fields["env"] = {name: value for name, _, value in pairs}
     if args.delay is not None:
         if args.run_after is not None:
@@ -5258,7 +5258,7 @@ def warn(answer):
     """Say what keeps a new job from running."""
     if "paused" in answer:
         tell("the queue is paused%s; nothing starts until: resume"
-             % (answer["paused"] and " (%s)" % safe(answer["paused"])))
+             % (answer["paused"] and " (%s)" % answer["paused"]))
     elif answer.get("workers") == 0:
         tell("no worker runs; start one with: worker start")
 
@@ -5385,14 +5385,14 @@ def cmd_enqueue(queue, args):
         print_text(answer["id"])
         return
     print_compact(reply(answer["message"], id=answer["id"]))
-    tell("id: %s" % safe(answer["id"]))
+    tell("id: %s" % answer["id"])
     if not is_held(answer):
-        tell("command: %s" % safe(job["command"]))
+        tell("command: %s" % job["command"])
 
 
 def announce(line):
     """The ready line; whoever started us may have closed its end."""
-    utter(sys.stdout, line + "\n", 1)
+    utter(sys.stdout, safe(line) + "\n", 1)
 
 
 @subcommand("daemon",
@@ -5618,10 +5618,10 @@ def cmd_logs(queue, args):
     with watching():
         answer = follow(queue, args.id, attempt=args.attempt, to_end=args.follow)
     if answer["serial"] is None:
-        raise Failure("job %s %s %s" % (safe(args.id), (
+        raise Failure("job %s %s %s" % (args.id, (
             "has no such attempt; see: show" if args.attempt else "never ran; see: show"
             if answer["state"] in FINISHED else "has not run yet; follow it with: logs -f"),
-            safe(args.id)))
+            args.id))
 
 
 def ended_with(code, message):
@@ -5636,7 +5636,7 @@ def failure_of(job_id, state, exit_code, error):
     if state == "completed":
         return None
     return ended_with(125 if exit_code is None else exit_code, "job %s died: %s; see: logs %s" % (
-        safe(job_id), error, safe(job_id)))
+        job_id, error, job_id))
 
 
 def progress_of(queue, ids, ended):
@@ -5732,8 +5732,8 @@ def abandon(queue, job_id):
         queue.call("cancel", ids=[job_id])
         await_end(queue, job_id)
     except Failure:  # it has just ended, or can't be reached
-        return "job %s is left as it is; see: show %s" % (safe(job_id), safe(job_id))
-    return "job %s cancelled" % safe(job_id)
+        return "job %s is left as it is; see: show %s" % (job_id, job_id)
+    return "job %s cancelled" % job_id
 
 
 def attend(queue, job_id, quiet):
@@ -5768,7 +5768,7 @@ def cmd_run(queue, args):
     answer = queue.call("enqueue", job=job_fields(args), cwd=working_directory())
     job_id = answer["id"]
     if is_held(answer):
-        say("job %s has this key and is unfinished; nothing was started" % safe(job_id))
+        say("job %s has this key and is unfinished; nothing was started" % job_id)
         if not queue.call("logs", id=job_id, limit=0, work=True)["served"]:
             employ(queue, job_id)  # nobody works it: its `run`, or its daemon, is gone
         return 0
@@ -5974,7 +5974,7 @@ def cmd_check(queue, args):
     if (args.completed is None) != (args.within is None):
         raise Usage("--completed and --within go together; see: queuectl check --help")
     if not queue.by_socket() and queue.untouched():
-        raise Failure("no queue at %s; name it with --db" % safe(queue.place.db))
+        raise Failure("no queue at %s; name it with --db" % queue.place.db)
     queue.note = silent  # the line is all that a plugin says
     found = queue.call("check", prefix=args.completed, within=args.within or 0)["message"]
     age, ended = (ms and ms // 1000 for ms in (args.max_age, args.within))
@@ -5993,7 +5993,7 @@ def cmd_backup(queue, args):
     --db /srv/q.db backup /mnt/q.db"""
     path = queue.database()
     if not os.path.exists(path):
-        raise Failure("no queue at %s; name it with --db" % safe(path))
+        raise Failure("no queue at %s; name it with --db" % path)
     signal.signal(signal.SIGTERM, terminate)  # so that no half of it is left
     count = back_up(path, os.path.abspath(os_path(args.file)))
     print_compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
@@ -6085,7 +6085,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as ours."""
 
     def error(self, message):
-        raise Usage("%s; see: %s --help" % (safe(message), self.prog))
+        raise Usage("%s; see: %s --help" % (message, self.prog))
 
 
 def new_parser(prog, **options):
@@ -6112,7 +6112,7 @@ def parse_group(name, rest):
         new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
             manual(full)[1][0] for full in known)).parse_args(["--help"])
     raise Usage("unknown command %s; known are %s" % (
-        safe(" ".join([name] + rest[:1])), ", ".join(known or COMMANDS)))
+        " ".join([name] + rest[:1]), ", ".join(known or COMMANDS)))
 
 
 def parse_global(argv, args):
