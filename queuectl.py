@@ -4763,21 +4763,19 @@ def indented(value):
     return json.dumps(value, indent=2, default=repr)
 
 
-def json_lines(pages, _columns):
+def json_lines(rows, _columns):
     """A list as indented JSON, piece by piece: it may be a long one."""
     start = "[\n  "
-    for page in pages:
-        for row in page:
-            yield start + indented(row).replace("\n", "\n  ")
-            start = ",\n  "
+    for row in rows:
+        yield start + indented(row).replace("\n", "\n  ")
+        start = ",\n  "
     yield "[]\n" if start[0] == "[" else "\n]\n"
 
 
-def jsonl_lines(pages, _columns):
+def jsonl_lines(rows, _columns):
     """An object a line."""
-    for page in pages:
-        for row in page:
-            yield compact(row) + "\n"
+    for row in rows:
+        yield compact(row) + "\n"
 
 
 def cell(row, column):
@@ -4785,18 +4783,16 @@ def cell(row, column):
     return "-" if value is None else safe(str(value))
 
 
-def table_lines(pages, columns):
-    """A table for people. Its columns are as wide as the first page needs; on a terminal no line
+def table_lines(rows, columns):
+    """A table for people. Its columns are as wide as the first rows need; on a terminal no line
     is wider than that."""
     import shutil
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    widths = None
-    for page in pages:
-        rows = [[column.upper() for column in columns]] if widths is None else []
-        rows += [[cell(row, column) for column in columns] for row in page]
-        widths = widths or [max(map(len, cells)) for cells in zip(*rows)]
-        for row in rows:
-            yield "  ".join(map(str.ljust, row, widths)).rstrip()[:width] + "\n"
+    table = ([cell(row, column) for column in columns] for row in rows)
+    first = [[column.upper() for column in columns], *itertools.islice(table, PAGE_JOBS)]
+    widths = [max(map(len, cells)) for cells in zip(*first)]
+    for cells in itertools.chain(first, table):
+        yield "  ".join(map(str.ljust, cells, widths)).rstrip()[:width] + "\n"
 
 
 FORMATS = {"json": json_lines, "jsonl": jsonl_lines, "table": table_lines}
@@ -5214,11 +5210,11 @@ def each_answer(queue, args, states, command, option=None, **more):
             after, upto = answer["next"], answer.get("upto")
 
 
-def print_rows(args, pages, columns):
+def print_rows(args, rows, columns):
     """A list as the flags of LISTING want it; its first column is the id."""
-    lines = FORMATS[args.format](pages, columns)
+    lines = FORMATS[args.format](rows, columns)
     if args.quiet:
-        lines = ("%s\n" % row[columns[0]] for page in pages for row in page)
+        lines = ("%s\n" % row[columns[0]] for row in rows)
     sys.stdout.writelines(lines)
     sys.stdout.flush()
 
@@ -5481,7 +5477,7 @@ def cmd_worker_list(queue, args):
 
     worker list --format table
     worker list -q"""
-    print_rows(args, [queue.call("worker", "list")["message"]],
+    print_rows(args, queue.call("worker", "list")["message"],
                ("pid", "state", "job", "attempt", "since"))
 
 
@@ -5522,12 +5518,12 @@ def cmd_status(queue, args):
     print_indented(queue.call("status")["message"])
 
 
-def job_pages(queue, state):
-    """The jobs in `state`, None: all, page by page."""
+def job_rows(queue, state):
+    """The jobs in `state`, None: all, asked for page by page."""
     after = 0
     while after is not None:
         answer = queue.call("list", state=state, after=after)
-        yield answer["message"]
+        yield from answer["message"]
         after = answer["next"]
 
 
@@ -5537,7 +5533,7 @@ def cmd_list(queue, args):
     """Show jobs, oldest first.
 
     list --state completed --format table"""
-    print_rows(args, job_pages(queue, args.state), JOB_COLUMNS)
+    print_rows(args, job_rows(queue, args.state), JOB_COLUMNS)
 
 
 @subcommand("show", arg("id", metavar="ID"))
@@ -5893,7 +5889,7 @@ def cmd_dlq_list(queue, args):
     """Show the dead jobs.
 
     dlq list -q"""
-    print_rows(args, job_pages(queue, "dead"), JOB_COLUMNS)
+    print_rows(args, job_rows(queue, "dead"), JOB_COLUMNS)
 
 
 @subcommand("dlq retry", arg("ids", "a dead job", nargs="*", metavar="ID"),
@@ -6007,7 +6003,7 @@ def cmd_doctor(queue, args):
     doctor --format table
     --db /srv/q.db doctor"""
     findings = diagnose(queue, queue.database())
-    print_rows(args, [findings], ("check", "ok", "detail", "advice"))
+    print_rows(args, findings, ("check", "ok", "detail", "advice"))
     wrong = [finding for finding in findings if not finding["ok"]]
     for finding in wrong:
         tell("%(check)s: %(detail)s; %(advice)s" % finding)
