@@ -2393,8 +2393,7 @@ def error_answer(error):
 def peer_uid(sock):
     """Who is at the other end of a Unix socket, by the kernel's word; None where it gives none."""
     if hasattr(socket, "SO_PEERCRED"):
-        size = struct.calcsize("3i")
-        return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[1]
+        return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
     if hasattr(socket, "LOCAL_PEERCRED"):  # struct xucred: version, uid, …
         return struct.unpack("2I", sock.getsockopt(0, socket.LOCAL_PEERCRED, 8))[1]
     return None
