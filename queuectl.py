@@ -5093,11 +5093,10 @@ def clipped(line, width):
     """`line` cut to `width` characters, not counting colours."""
     shown, count = "", 0
     for part in re.split("(\x1b\\[[0-9]+m)", line):
-        if part.startswith("\x1b"):
-            shown += part
-        else:
-            shown += part[:width - count]
-            count += len(part[:width - count])
+        if not part.startswith("\x1b"):
+            part = part[:width - count]
+            count += len(part)
+        shown += part
     return shown
 
 
