@@ -2693,7 +2693,7 @@ class Pool:
 
     def count(self):
         """Workers alive: ours, and another daemon's that are still busy."""
-        return len(self.hands) + sum(orphan.attended for orphan in self.orphans.values())
+        return len(self.hands) + len(self.attended())
 
     def roll(self, now):
         """[(pid, state, Claim or None, ms it has been so)] of the workers; pid None: another
@@ -2707,7 +2707,7 @@ class Pool:
         """Start what is missing, retire what is too much, idle ones first."""
         self.reap()
         staying = [hand for hand in self.hands.values() if not hand.leaving]
-        missing = wanted - len(staying) - (self.count() - len(self.hands))
+        missing = wanted - len(staying) - len(self.attended())
         for hand in sorted(staying, key=lambda hand: hand.claim is not None)[:max(-missing, 0)]:
             self.retire(hand)
         if missing > 0 and now < self.hold_until:
@@ -3977,7 +3977,7 @@ class Daemon:
             return False
         if self.yielded:
             return True
-        if self.kind == "daemon" and any(one.attended for one in self.pool.orphans.values()):
+        if self.kind == "daemon" and self.pool.attended():
             return False
         noted = self.pool.rung if self.retry_at else ()  # these wait for the next daemon as well
         return set(self.pool.hands) <= set(noted)
