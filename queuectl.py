@@ -3081,8 +3081,7 @@ def hindrance(context):
 
 def store_jobs(context, given, cwd):
     """Store the jobs that these objects make, all or none: ([id, or that of the unfinished job
-    which holds its unique key], how many are new). Of several, a Failure's `index` tells which one
-    is wrong."""
+    which holds its unique key], how many are new). A Failure's `index` tells which is wrong."""
     store, spare_ids = context.store, new_ids(context.now, len(given))
     new, told, keys = {}, [], {}
     for index, fields in enumerate(given):
@@ -3096,7 +3095,8 @@ def store_jobs(context, given, cwd):
         except StorageError:
             raise
         except Failure as error:
-            raise Failure(str(error), **({"index": index} if len(given) > 1 else {}))
+            error.details["index"] = index
+            raise
         told.append(holder or job.id)
         if not holder:
             new[job.id] = job
