@@ -2958,13 +2958,6 @@ def versions(request):
         VERSION, str(request.get("version", "unversioned"))[:20])
 
 
-def unknown_command(request):
-    """The Failure for a request that means none of OPERATIONS."""
-    return Failure("unknown command %s (%s); known are %s" % (
-        compact([request["command"], request.get("option")])[:80], versions(request),
-        ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
-
-
 def resolve(request):
     """The Call that a request stands for; Failure when it makes none."""
     command, option = request["command"], request.get("option") or None
@@ -2974,7 +2967,9 @@ def resolve(request):
     try:
         found = OPERATIONS[command, option]
     except (KeyError, TypeError):
-        raise unknown_command(request)
+        raise Failure("unknown command %s (%s); known are %s" % (
+            compact([command, option])[:80], versions(request),
+            ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
     if flag is not None:
         arguments = {str(flag).lstrip("-").replace("-", "_"): value}
     elif isinstance(value, dict):
