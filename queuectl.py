@@ -1262,9 +1262,8 @@ class Store:
                 self.settings[key] = read_setting(key, value)
 
     def set_setting(self, key, value):
-        """Store it as text; None: the default."""
-        self.write("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)",
-                   (key, None if value is None else str(value)))
+        """Store it, as text by the column's type; None: the default."""
+        self.write("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)", (key, value))
         self.read_settings()
 
     def meta(self, key):
@@ -1280,7 +1279,7 @@ class Store:
         return 0
 
     def set_wanted(self, count):
-        self.set_meta("workers", str(count))
+        self.set_meta("workers", count)
 
     def paused(self):
         """The reason of a pause ("" if none was given), None without one."""
