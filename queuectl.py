@@ -1442,17 +1442,15 @@ class Store:
             claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended, code,
             signal_name(-status) if status is not None and status < 0 else None, verdict.error,
             outcome.dropped, output or None))
-        self.count_outcome(verdict, max((outcome.ended_at or now) - claim.started_at, 0))
-        return True
-
-    def count_outcome(self, verdict, runtime):
-        completed = verdict.state == "completed"
         self.write("""UPDATE totals
-                      SET completed = completed + :completed, failed = failed + NOT :completed,
-                          dead = dead + :dead, runtime_ms = runtime_ms + :ms,
-                          longest_ms = MAX(longest_ms, :ms)""",
-                   {"completed": completed, "dead": verdict.state == "dead",
-                    "ms": runtime if completed else 0})
+                      SET completed = completed + (:state = 'completed'),
+                          failed = failed + (:state != 'completed'),
+                          dead = dead + (:state = 'dead'),
+                          runtime_ms = runtime_ms + :ms * (:state = 'completed'),
+                          longest_ms = MAX(longest_ms, :ms * (:state = 'completed'))""",
+                   {"state": verdict.state,
+                    "ms": max((outcome.ended_at or now) - claim.started_at, 0)})
+        return True
 
     def mark_cancelled(self, job_id, now):
         """Note that open attempts of that name are to be stopped; whether the job has one: it may
