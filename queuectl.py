@@ -1186,9 +1186,6 @@ class Store:
         if durable:
             self.check_file()
 
-    def in_transaction(self):
-        return self.connection is not None and self.connection.in_transaction
-
     def rollback(self):
         """Undo; after trouble of SQLite's own the connection isn't used again."""
         try:
@@ -1206,7 +1203,7 @@ class Store:
         try:
             yield
         except Exception:
-            if self.in_transaction():  # else SQLite undid it as a whole
+            if self.connection.in_transaction:  # else SQLite undid it as a whole
                 self.query("ROLLBACK TO request")
             raise
         self.query("RELEASE request")

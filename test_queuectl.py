@@ -1401,7 +1401,7 @@ class OperationsTest(StoreCase):
         with self.assertRaises(queuectl.StorageError), self.store.transaction():
             daemon.answer(call)
             self.fail("it went on")
-        self.assertFalse(self.store.in_transaction())
+        self.assertIsNone(self.store.connection)
 
     def test_trouble_is_followed_by_a_pause_and_then_by_a_turn(self):
         daemon = object.__new__(queuectl.Daemon)
