@@ -3398,7 +3398,7 @@ def op_daemon_yield(context, kind=None):
             KINDS.index(context.daemon.kind) >= KINDS.index(kind)):
         raise Failure("this daemon does not give way")
     context.daemon.give_way()
-    return reply("Giving way", pid=os.getpid())
+    return reply("Giving way")
 
 
 @operation("daemon", "status", needs_daemon=True)
