@@ -2872,22 +2872,19 @@ class Pool:
 
     def frees(self, claim):
         """Whether a worker of ours is free for another job once `claim` is closed."""
-        hand = self.hands.get(claim.slot)
-        return hand is not None and hand.claim is claim and not hand.leaving
+        return claim.slot in self.hands and not self.hands[claim.slot].leaving
 
     def close(self, claim):
         """The attempt's outcome is stored: its worker is free for the next."""
         if self.orphans.pop(claim.serial, None):
             self.uneven = True
             return
-        hand = self.hands.get(claim.slot)
-        if hand and hand.claim is claim:
-            hand.claim, hand.since = None, monotonic()
-            self.rung.pop(hand.slot, None)
-            if hand.leaving:
-                self.drop(hand)
-            else:
-                self.idle[hand.slot] = hand
+        hand = self.rung.pop(claim.slot)
+        hand.claim, hand.since = None, monotonic()
+        if hand.leaving:
+            self.drop(hand)
+        else:
+            self.idle[hand.slot] = hand
 
 
 # ---- Operations ---------------------------------------------------------------------------------
@@ -4184,10 +4181,7 @@ class Daemon:
         for result, _, _ in done:
             self.pool.close(result.claim)
         for claim in claims:
-            if claim.slot in self.pool.idle:  # else: its worker has just died; settled like any
-                self.pool.hand_out(claim, self.order(claim))
-            else:
-                self.pool.orphan(claim)
+            self.pool.hand_out(claim, self.order(claim))
         for result, verdict, _ in done:  # while the workers go on
             self.spool.discard(result.claim.serial)
             if verdict.state == "dead":
