@@ -4166,13 +4166,12 @@ class Daemon:
             # What was given back, or waited for an orphan of its name, is ready.
             if heir or result.outcome.reason in GIVEN_BACK or result.worker is None:
                 self.hungry = True
-        if not self.may_start(now):
-            return []
         slots = list(self.pool.idle) if self.hungry else []
         slots += [result.claim.slot for result, _, _ in done if self.pool.frees(result.claim)]
-        claims = self.store.claim(slots, boot_id(), now_ms(), self.only) if slots else []
-        if slots:
-            self.hungry = len(claims) == len(slots)
+        if not slots or not self.may_start(now):
+            return []
+        claims = self.store.claim(slots, boot_id(), now_ms(), self.only)
+        self.hungry = len(claims) == len(slots)
         return claims
 
     def deliver(self, done, claims, answers, now):
