@@ -3436,10 +3436,10 @@ def record_results(store, results, now):
         ended_before = bool(outcome.ended_at) and outcome.ended_at < abs(at)
         if at < 0 and outcome.status != 0 and not ended_before:
             outcome = outcome._replace(reason="stopped")
-            verdict = decide(claim, outcome, store.settings, now)
         if at > 0 and not (verdict.state in FINISHED and ended_before):
             outcome = outcome._replace(reason="cancelled", detail="")
-            verdict = decide(claim, outcome, store.settings, now)
+        if at:
+            verdict = decide(claim, outcome, store.settings, now, spread)
         if outcome.reason in GIVEN_BACK:
             store.give_back(claim, verdict, now)
         elif (store.finish(claim, verdict, outcome, result.output, result.worker, now)
