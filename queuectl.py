@@ -5139,8 +5139,7 @@ def flag_type(check):
 switch = functools.partial(arg, action="store_true")
 duration_arg = functools.partial(arg, type=flag_type(as_ms), metavar="DUR")
 count_arg = functools.partial(arg, type=flag_type(as_count), metavar="N")
-number_arg = functools.partial(arg, metavar="N", type=flag_type(
-    lambda text: in_range(whole(text), 0, 10 ** 9)))
+number_arg = functools.partial(arg, metavar="N", type=flag_type(number_from(0, 10 ** 9)))
 
 
 # The one place of each grammar: a job's flags, which jobs are meant, how a list is shown.
