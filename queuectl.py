@@ -3698,17 +3698,10 @@ def utter(stream, text, fd):
             os.close(null)
 
 
-def can_take(fd):
-    """Whether a line can be written there at once: a pipe that nobody empties, or a terminal held
-    by Ctrl-S, would stop the loop with it."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
-
-
 class Log:
     """DB.log and stderr: a line for each thing an operator should know; never a payload. stderr
-    goes without what it can't take now."""
+    goes without what it can't take now: a pipe that nobody empties, or a terminal held by Ctrl-S,
+    would stop the loop with it."""
 
     def __init__(self, path):
         self.path = path
@@ -3729,7 +3722,7 @@ class Log:
                     os.rename(self.path, self.path + ".1")
             finally:
                 os.close(fd)
-        if can_take(2):
+        if select.select((), (2,), (), 0)[1]:
             utter(sys.stderr, line, 2)
 
 
