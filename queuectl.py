@@ -3630,16 +3630,6 @@ def bind_private(sock, path, listen):
         os.unlink(hidden)
 
 
-def admitted(sock):
-    """Only the owner of the queue gets in; others are told."""
-    if peer_uid(sock) in (os.geteuid(), None):
-        return True
-    with contextlib.suppress(OSError):
-        sock.settimeout(0)
-        sock.send(encode(error_answer(Failure("this queue belongs to another user"))))
-    return False
-
-
 def make_server(path, on_connection, on_request):
     """A socketserver on the Unix socket `path`. Our loop calls it, not it ours: `get_request`,
     `verify_request` and `process_request` for a connection, and `finish_request`, which makes a
@@ -3658,7 +3648,13 @@ def make_server(path, on_connection, on_request):
             self.inode = bind_private(self.socket, path, self.server_activate)
 
         def verify_request(self, request, client_address):
-            return admitted(request)
+            """Only the owner of the queue gets in; others are told."""
+            if peer_uid(request) in (os.geteuid(), None):
+                return True
+            with contextlib.suppress(OSError):
+                request.settimeout(0)
+                request.send(encode(error_answer(Failure("this queue belongs to another user"))))
+            return False
 
         def process_request(self, request, client_address):
             on_connection(request)
