@@ -1082,7 +1082,6 @@ class Store:
         self.file = None         # os.stat of the database
         self.synchronous = None  # the level last set on this connection
         self.settings = {}       # key -> typed value, as of the last `read_settings`
-        self.cancels = True      # some open attempt may be cancelled
         self.open()
 
     # -- opening
@@ -1452,7 +1451,6 @@ class Store:
     def mark_cancelled(self, job_id, now):
         """Note that open attempts of that name are to be stopped; whether the job has one: it may
         have been deleted, and inserted anew."""
-        self.cancels = True
         self.write("UPDATE running SET cancelled = ? WHERE job = ?", (now, job_id))
         return self.value("""SELECT 1 FROM running JOIN jobs ON jobs.serial = running.serial
                              WHERE running.job = ? AND jobs.id = ?""", (job_id, job_id)) is not None
@@ -1460,17 +1458,13 @@ class Store:
     def mark_stopped(self, serials, now):
         """Note that these open attempts are stopped, to be given back: as a cancel, but negative,
         which a cancel replaces."""
-        self.cancels = True
         self.write_all("UPDATE running SET cancelled = ? WHERE serial = ? AND cancelled = 0",
                        [(-now, serial) for serial in serials])
 
     def cancelled(self):
         """{serial: ms when it was cancelled, negative: stopped} of the open attempts that are to
         be stopped."""
-        found = self.cancels and dict(self.query(
-            "SELECT serial, cancelled FROM running WHERE cancelled != 0"))
-        self.cancels = bool(found)
-        return found or {}
+        return dict(self.query("SELECT serial, cancelled FROM running WHERE cancelled != 0"))
 
     def cancel(self, job_id, now):
         """pending or failed -> dead, at its user's wish."""
