@@ -3385,8 +3385,7 @@ KINDS = ("run", "drain", "daemon")  # of daemons: each gives way to those after 
 @operation("daemon", "yield")
 def op_daemon_yield(context, kind=None):
     """A temporary daemon gives lock and socket up to one of a later kind."""
-    if kind not in KINDS or context.daemon is None or (
-            KINDS.index(context.daemon.kind) >= KINDS.index(kind)):
+    if context.daemon is None or kind not in KINDS[KINDS.index(context.daemon.kind) + 1:]:
         raise Failure("this daemon does not give way")
     context.daemon.give_way()
     return reply("Giving way")
@@ -3543,8 +3542,8 @@ def take_lock(lock, kind):
         lock.release()
         holder = text.get("kind")
         # a dead pid: its successor has yet to sign
-        serves = holder not in (None, "command") and process_start(text.get("pid") or 0)
-        if serves and holder in KINDS and KINDS.index(holder) < KINDS.index(kind):
+        serves = holder in KINDS and process_start(text.get("pid") or 0)
+        if serves and holder in KINDS[:KINDS.index(kind)]:
             request = {"command": "daemon", "option": "yield", "db": utf8(lock.db),
                        "flag": "kind", "value": kind}
             with contextlib.suppress(Failure, AttributeError):  # it has no socket yet
