@@ -3822,7 +3822,6 @@ class Daemon:
         take_lock(self.lock, self.kind)
         self.store = open_store(self.lock, self.kind)
         self.listen()
-        self.lock.write(self.kind, self.sock, self.store.known)
         self.spool = Spool(self.db)
         private_directory(self.spool.path)
         self.pool = Pool(self.spool, self.loop, self.log, set_open_files())
@@ -3853,8 +3852,10 @@ class Daemon:
             self.listen()
 
     def open_socket(self):
+        """Listen, and sign where."""
         self.server = make_server(self.sock, self.welcome, self.on_request)
         self.loop.want(self.server.socket, READ, self.on_connection)
+        self.lock.write(self.kind, self.sock, self.store.known)
 
     def catch_signals(self):
         """Note them and wake the loop. TERM always works; INT and HUP stay ignored if they were."""
@@ -4082,18 +4083,14 @@ class Daemon:
 
     def reopen_socket(self):
         """Someone removed our socket: listen anew, as at the start."""
-        old, path, given = self.server, self.sock, self.sock_given
+        old = self.server
         try:
             self.listen()
-            if self.sock != path:
-                self.lock.write(self.kind, self.sock, self.store.known)
-                self.log("something else is at %s: listens at %s" % (path, self.sock))
+            self.log("its socket was gone: listens at %s" % self.sock)
         except (OSError, Failure) as error:
             self.log("can't listen again at %s: %s" % (
                 self.sock, getattr(error, "strerror", None) or error), every_s=60)
-        if self.server is old:  # the next look tries it all anew: the lock still tells this path
-            self.sock, self.sock_given = path, given
-        else:
+        if self.server is not old:  # else the next look tries again
             self.loop.remove(old.socket)
             old.server_close()
 
