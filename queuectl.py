@@ -3529,7 +3529,7 @@ def is_held_by(pid, path):
     """Whether the lock at `path` is held, and by the process that signed as `pid`: true in any
     container, with or without /proc."""
     with contextlib.suppress(OSError):
-        return bool(is_locked(path)) and unpad(read_at(path, 0, LOCK_BYTES)[0]).get("pid") == pid
+        return is_locked(path) and unpad(read_at(path, 0, LOCK_BYTES)[0]).get("pid") == pid
     return False
 
 
