@@ -334,7 +334,7 @@ def check_regular(path, status):
 def open_private(path, flags=os.O_RDWR | os.O_CREAT):
     """A descriptor on a file of ours, mode 0600, made if need be. Links are never followed."""
     try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Failure("%s is a symbolic link; move it away" % path)
@@ -464,7 +464,7 @@ def boot_id():
 
 def read_at(path, start, size):
     """(up to `size` bytes of a file from byte `start` on, from the end if negative; its size)."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         length = os.fstat(fd).st_size
         return os.pread(fd, size, max(start if start >= 0 else length + start, 0)), length
@@ -506,7 +506,7 @@ def process_start(pid):
 def is_locked(path):
     """True, False, or None when there is no such file. Shared: two lookers don't meet."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     try:
@@ -2060,7 +2060,7 @@ class Attempt:
         """Make and lock the run file, then start the command."""
         self.note(phase="starting")  # no room for it: better now than later
         try:
-            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.flock(self.file, fcntl.LOCK_EX)
             self.spawn()
         except OSError as error:
