@@ -2366,11 +2366,10 @@ def encode(answer):
 
 
 def encode_request(request):
-    """As UTF-8: escapes could make it three times as long. Lone surrogates have to be escaped."""
-    try:
-        return json.dumps(request, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        return encode(request)
+    """As UTF-8: escapes could make it three times as long. Lone surrogates have to be escaped, as
+    \\udcff, by JSON and by backslashreplace alike."""
+    text = json.dumps(request, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def error_answer(error):
