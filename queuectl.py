@@ -5024,8 +5024,7 @@ def completion_script(shell, table):
 
 def print_text(text):
     """Write a line and flush, so that a full disk or a closed pipe shows here."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    print(text, flush=True)
 
 
 def print_compact(value):
