@@ -5041,13 +5041,6 @@ def tell(line):
     utter(sys.stderr, safe(line) + "\n", 2)
 
 
-def write_bytes(data):
-    """Bytes as they are, to stdout."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
-
-
 def clipped(line, width):
     """`line` cut to `width` characters, not counting colours."""
     shown, count = "", 0
@@ -5508,14 +5501,15 @@ def employ(queue, job_id):
 
 
 def hand_on(answer, offset):
-    """Write a piece of output; where the next one starts."""
+    """Write a piece of output, bytes as they are; where the next one starts."""
     import base64
     data = base64.b64decode(answer["message"])
     if not data and not answer["over"]:
         return offset
     if answer["start"] > offset:
         tell("%d bytes were cut here" % (answer["start"] - offset))
-    write_bytes(data)
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
     return answer["start"] + len(data)
 
 
