@@ -3146,30 +3146,20 @@ def op_dlq_list(context, *, after=0):
     return op_list(context, "dead", after)
 
 
-def retry_obstacle(store, job):
-    """Why a dead job can't be queued again, or None."""
-    holder = job.unique and store.holder(job.unique)
-    if holder:
-        return ("job %s can't be retried: its unique key is held by job %s; wait for that, or"
-                " cancel it" % (job.id, holder))
-    if store.open_serial(job.id) is not None:
-        return "job %s is still being stopped; try again in a moment" % job.id
-    return None
-
-
 @operation("dlq", "retry", writes=True)
 def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
     """Queue dead jobs again: those named, all or none; of a page of all, those that can be."""
     store, refused = context.store, []
     jobs, page = selected(context, ("dead",), ids, state, after, upto)
     for job in jobs:
-        obstacle = retry_obstacle(store, job)
-        if obstacle is None:
+        holder = job.unique and store.holder(job.unique)
+        if not holder:
             store.requeue(job, context.now)
-        elif state is None:
-            raise Failure(obstacle)
-        else:
-            refused.append(obstacle)
+            continue
+        refused.append("job %s can't be retried: its unique key is held by job %s; wait for that,"
+                       " or cancel it" % (job.id, holder))
+        if state is None:
+            raise Failure(refused[0])
     named, count = ", ".join(job.id for job in jobs), len(jobs) - len(refused)
     return reply("%s added to queue" % (plural(count, "job") if state else "%s %s" % (
         "Jobs" if count > 1 else "Job", named)), count=count, refused=refused, **page)
