@@ -2801,10 +2801,10 @@ class Pool:
             else:  # what it has just forked hides its end
                 self.on_death(hand, hand.channel)
 
-    def stop_commands(self, *, leaving=False):
-        """Have running commands stopped and given back: all, or those whose worker is leaving."""
+    def stop_commands(self):
+        """Have the commands of workers that are leaving stopped and given back."""
         for hand in list(self.hands.values()):
-            if hand.claim and (hand.leaving or not leaving):
+            if hand.claim and hand.leaving:
                 hand.stop("stopped")
 
     def attended(self):
@@ -3357,7 +3357,7 @@ def op_worker_stop(context, count=None, now=False):
     context.store.set_wanted(wanted - fewer)
     if context.daemon and now:
         context.store.mark_stopped(context.daemon.pool.attended(), context.now)
-        context.daemon.stop_leaving = True
+        context.daemon.forced_at = 0.0
     return reply("Stopped workers" if count is None else "Stopped %s" % plural(fewer, "worker"))
 
 
@@ -3795,11 +3795,10 @@ class Daemon:
         self.pause_s = BUSY_S
         self.paused = False        # nothing new is started
         self.died = 0              # jobs, since the start
-        self.stop_leaving = False  # running jobs of leaving workers are to be stopped
         self.yielded = False       # to a daemon that is to stay
         self.done = False          # a temporary one has worked all it was to
         self.stopping = False
-        self.forced_at = NEVER     # monotonic: running jobs are stopped then
+        self.forced_at = NEVER     # monotonic: running jobs of leaving workers are stopped then
         self.signals = []          # numbers that came
         self.told = None           # the status that systemd shows
         self.clock = now_ms() - int(monotonic() * 1000)
@@ -3980,9 +3979,6 @@ class Daemon:
             self.signals.pop()
             self.stop(0 if self.stopping else None)
         now = monotonic()
-        if now >= self.forced_at:
-            self.forced_at = NEVER
-            self.stop_commands()
         if now >= self.look_at:
             self.look(now)
         self.turn(now)
@@ -3991,6 +3987,9 @@ class Daemon:
             self.stop()
         if self.pool.uneven:
             self.pool.converge(self.places(), now)
+        if now >= self.forced_at:  # all that must leave are leaving by now
+            self.forced_at = NEVER
+            self.stop_commands()
 
     def places(self):
         """How many workers there are to be, orphans' workers among them."""
@@ -4170,13 +4169,10 @@ class Daemon:
             self.trouble(error, now)
         self.hungry = self.pool.uneven = True
         self.pool.converge(self.places(), now)
-        if self.stop_leaving:
-            self.stop_leaving = False
-            self.pool.stop_commands(leaving=True)
 
     def stop_commands(self):
-        """Have running commands stopped and given back. Of an orphan this is stored first: its
-        worker will note a signal, and the next daemon take that for its job's failure."""
+        """Have what leaving workers run stopped and given back. Of an orphan this is stored first:
+        its worker will note a signal, and the next daemon take that for its job's failure."""
         self.pool.stop_commands()
         try:
             with self.store.transaction():
