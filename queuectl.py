@@ -524,7 +524,7 @@ def has_open(pid, fd, wanted):
         if os.path.samestat(os.stat("/proc/%s/fd/%s" % (pid, fd)), wanted):
             with open("/proc/%s/fdinfo/%s" % (pid, fd)) as info:
                 flags = re.search(r"flags:\s*([0-7]+)", info.read())
-            return bool(flags) and int(flags.group(1), 8) & os.O_ACCMODE != os.O_RDONLY
+            return flags and int(flags.group(1), 8) & os.O_ACCMODE != os.O_RDONLY
     return False
 
 
@@ -2623,7 +2623,7 @@ def is_overdue(claim, since, now):
     """Whether the worker that has run this since then must have ended it long ago. Of a job that
     was deleted meanwhile no timeout is known."""
     longest = claim.command is not None and claim.timeout
-    return bool(longest) and now > since + longest / 1000.0 + GRACE_S + SILENT_S
+    return longest and now > since + longest / 1000.0 + GRACE_S + SILENT_S
 
 
 def result_of(claim, verdict, record, spool, limit, worker=None):
