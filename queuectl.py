@@ -1092,9 +1092,8 @@ class Store:
         if self.path != ":memory:":
             self.guard()
         try:
-            self.connection = sqlite3.connect(
-                self.path if self.path == ":memory:" else sqlite_uri(self.path),
-                timeout=BUSY_S, isolation_level=None, uri=True)
+            self.connection = sqlite3.connect(sqlite_uri(self.path), timeout=BUSY_S,
+                                              isolation_level=None, uri=True)
             version = self.identify()
             # A new file's: a turn of the loop touches a dozen pages, each written whole.
             self.query("PRAGMA page_size = 1024")
@@ -1655,7 +1654,6 @@ def beside(path, target=":memory:", mode="ro"):
     it needs no lock, since WAL lets one read while another writes, and never checkpoints. For a
     process of its own, never the daemon: to close a file there would drop SQLite's locks on it."""
     import sqlite3
-    into = target if target == ":memory:" else sqlite_uri(target)
     source = sqlite_uri(path) + "?mode=" + mode
 
     def connect(uri):
@@ -1664,7 +1662,7 @@ def beside(path, target=":memory:", mode="ro"):
     try:
         with connect(source) as probe:  # ATTACH would only say that it can't open it
             probe.execute("SELECT 1 FROM sqlite_master LIMIT 1")
-        with connect(into) as connection:
+        with connect(sqlite_uri(target)) as connection:
             connection.execute("ATTACH ? AS source", (source,))
             yield connection
     except sqlite3.Error as error:
