@@ -550,7 +550,7 @@ def pad(value, size):
 def unpad(data):
     """What `pad` wrote, or {} when it is garbled."""
     try:
-        value = json.loads(data.rstrip().decode())
+        value = json.loads(data)
         return value if isinstance(value, dict) else {}
     except ValueError:
         return {}
@@ -2323,7 +2323,7 @@ def is_whole(inbox):
     if inbox[-64:].rstrip()[-1:] != b"}":
         return False
     try:
-        json.loads(inbox.decode())
+        json.loads(inbox)
         return True
     except ValueError:
         return False
@@ -2507,7 +2507,7 @@ class Worker:
             self.poll.unregister(self.sock)
         *lines, self.inbox = (self.inbox + data).split(b"\n")
         for line in lines:
-            self.obey(json.loads(line.decode()))
+            self.obey(json.loads(line))
 
     def obey(self, message):
         if "leave" in message:
