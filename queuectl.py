@@ -4396,9 +4396,9 @@ class Queue:
             if isinstance(answer.get("db"), str):  # a temporary daemon may be gone the next time
                 self.place = self.place._replace(db=os_path(answer["db"]), db_given=True)
             return answer
-        details = {key: value for key, value in answer.items() if key not in ("success", "message")}
-        message = str(answer.get("message"))
-        raise Failure(message[7:] if message.startswith("Error: ") else message, **details)
+        answer.pop("success", None)
+        message = str(answer.pop("message", None))
+        raise Failure(message[7:] if message.startswith("Error: ") else message, **answer)
 
     def ask_at_socket(self, request):
         """Only a socket was given: whatever is served there."""
