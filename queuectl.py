@@ -6070,7 +6070,7 @@ def parse(argv):
         parse_group(name, words[1:])
     function, arguments = COMMANDS[name]
     rest = words[len(name.split()):]
-    if arguments[:1] and arguments[0] in (WHAT, LINE) and "--" in rest:
+    if "--" in rest and (WHAT in arguments or LINE in arguments):
         at = rest.index("--")
         rest, args.argv = rest[:at], rest[at + 1:]
     about, examples = manual(name)
