@@ -5307,8 +5307,7 @@ def cmd_enqueue(queue, args):
         raise Failure(NO_JOB + "; a command goes after --, like: enqueue -- make -j4")
     else:
         job = read_job(args.job, fields)
-    # Without flags as it was typed: its errors are then those of any client.
-    answer = queue.call("enqueue", job=job if fields else args.job, cwd=working_directory())
+    answer = queue.call("enqueue", job=job, cwd=working_directory())
     warn(answer)
     if args.quiet:
         print_text(answer["id"])
