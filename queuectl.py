@@ -1562,13 +1562,13 @@ class Store:
                                  OR EXISTS (SELECT 1 FROM jobs WHERE state = 'failed')""",
                           (now,)) == 1
 
-    def latest(self, state, limit):
-        """The Jobs in `state` that finished last, latest first. Another program that sets the
-        state may note no time: such are none of the last."""
+    def last_deaths(self):
+        """The five Jobs that died last, latest first. Another program that sets the state may note
+        no time: such are none of the last."""
         return [Job._make(row) for row in self.query(
             """SELECT %s FROM jobs INDEXED BY jobs_finished
-               WHERE state = ? AND finished_at IS NOT NULL
-               ORDER BY finished_at DESC LIMIT ?""" % COLUMNS, (state, limit))]
+               WHERE state = 'dead' AND finished_at IS NOT NULL
+               ORDER BY finished_at DESC LIMIT 5""" % COLUMNS)]
 
     def attempts(self, job_id):
         """[dict] of the job's closed attempts, first to last."""
@@ -3120,7 +3120,7 @@ def op_status(context, *, full=False):
         told.update(running=worker_list(context), totals=store.totals(), now=iso(context.now),
                     unsettled=store.unsettled(context.now), hindrance=hindrance(context),
                     served=daemon is not None,
-                    deaths=[job.public() for job in store.latest("dead", 5)])
+                    deaths=[job.public() for job in store.last_deaths()])
     return reply(told)
 
 

@@ -828,7 +828,7 @@ class StoreTest(StoreCase):
         self.kill("a")
         self.add("b")
         self.sql("UPDATE jobs SET state = 'dead' WHERE id = 'b'")
-        self.assertEqual([job.id for job in self.store.latest("dead", 5)], ["a"])
+        self.assertEqual([job.id for job in self.store.last_deaths()], ["a"])
 
     def test_a_running_job_deleted_by_hand_leaves_no_trace(self):
         self.add("a")
@@ -1010,7 +1010,7 @@ class StoreTest(StoreCase):
                 ("list --state", "jobs_state", lambda: store.jobs("dead", 5, 50)),
                 ("ended", "autoindex_jobs", lambda: store.ended(["a", "b"])),
                 ("unsettled", "jobs_ready", lambda: store.unsettled(NOW)),
-                ("latest", "jobs_finished", lambda: store.latest("dead", 5)),
+                ("last_deaths", "jobs_finished", store.last_deaths),
                 ("count_finished", "jobs_finished", lambda: store.count_finished("dead", STAMP)),
                 ("attempts", "attempts_job", lambda: store.attempts("a")),
                 ("cancel", "autoindex_jobs", lambda: store.cancel("a", NOW))):
