@@ -4721,17 +4721,13 @@ def jsonl_lines(rows, _columns):
         yield compact(row) + "\n"
 
 
-def cell(row, column):
-    value = row[column]
-    return "-" if value is None else safe(str(value))
-
-
 def table_lines(rows, columns):
     """A table for people. Its columns are as wide as the first rows need; on a terminal no line
     is wider than that."""
     import shutil
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    table = ([cell(row, column) for column in columns] for row in rows)
+    table = (["-" if row[column] is None else safe(str(row[column])) for column in columns]
+             for row in rows)
     first = [[column.upper() for column in columns], *itertools.islice(table, PAGE_JOBS)]
     widths = [max(map(len, cells)) for cells in zip(*first)]
     for cells in itertools.chain(first, table):
