@@ -4339,12 +4339,12 @@ def default_db():
 
 def locate(db, sock):
     """The Place that flags or environment name. An empty variable counts as unset."""
-    db = db or os.environ.get("DB_PATH") or None
-    sock = sock or os.environ.get("SOCKET_PATH") or None
+    db = db or os.environ.get("DB_PATH")
+    sock = sock or os.environ.get("SOCKET_PATH")
     path = os_path(db or default_db())
     check_links(os.path.abspath(path))
-    place = Place(os.path.realpath(path), db is not None,
-                  os.path.abspath(os_path(sock or DEFAULT_SOCKET)), sock is not None)
+    place = Place(os.path.realpath(path), bool(db),
+                  os.path.abspath(os_path(sock or DEFAULT_SOCKET)), bool(sock))
     if os.path.isdir(place.db):
         raise Failure("%s is no file for a database; give another --db" % place.db)
     check_socket_path(place.socket)
