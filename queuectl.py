@@ -5639,18 +5639,6 @@ def terminate(_number, _frame):
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def ending():
-    """A handler of ENDINGS. timeout(1) sends two signals: one that comes at once is the same again,
-    a later one ends the waiting that the first brought."""
-    heard = []
-
-    def handle(number, frame):
-        if not heard or monotonic() > heard[-1] + TWICE_S:
-            heard.append(monotonic())
-            (signal.default_int_handler if number == signal.SIGINT else terminate)(number, frame)
-    return handle
-
-
 def abandon(queue, job_id):
     """Cancel the job of a `run` that ends early, and wait for its end; what to say."""
     try:
@@ -5663,10 +5651,17 @@ def abandon(queue, job_id):
 
 def attend(queue, job_id, quiet):
     """See a job of `run` through: its last answer. Whatever ends that early cancels the job."""
-    handler = ending()
+    heard = []
+
+    def handle(number, frame):
+        """timeout(1) sends two signals: one that comes at once is the same again, a later one ends
+        the waiting that the first brought."""
+        if not heard or monotonic() > heard[-1] + TWICE_S:
+            heard.append(monotonic())
+            (signal.default_int_handler if number == signal.SIGINT else terminate)(number, frame)
     for number in ENDINGS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, handle)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
         return await_end(queue, job_id) if quiet else follow(queue, job_id, work=True)
