@@ -3991,9 +3991,7 @@ class Daemon:
 
     def places(self):
         """How many workers there are to be, orphans' workers among them."""
-        strange = 0 if self.only is None else sum(
-            orphan.attended and orphan.claim.job not in self.only
-            for orphan in self.pool.orphans.values())
+        strange = 0 if self.only is None else len(self.pool.attended())
         return 0 if self.stopping else self.wanted + strange
 
     def timeout(self):
