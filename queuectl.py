@@ -443,7 +443,6 @@ def check_database(path):
     for name in (path, path + "-wal", path + "-shm", path + "-journal"):
         with contextlib.suppress(FileNotFoundError):
             check_regular(name, os.lstat(name))
-    folder = os.path.dirname(path)
     point, kind = mount_of(path)
     if point == path:
         raise Failure("%s is mounted alone, so its lock and its -wal stay behind; mount its"
@@ -451,7 +450,7 @@ def check_database(path):
     if re.match(r"nfs|cifs|smb|9p|afs|ceph|gluster|lustre|ncp|fuse\.(ssh|gluster|ceph|s3|rclone)",
                 kind):
         raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
-                      " give a --db on a local disk" % (folder, kind))
+                      " give a --db on a local disk" % (path, kind))
 
 
 @functools.lru_cache(maxsize=None)  # no process outlives it
