@@ -67,7 +67,6 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
 
 import argparse
 import collections
-import contextlib
 import errno
 import fcntl
 import functools
@@ -82,6 +81,7 @@ import socket
 import stat
 import struct
 import time
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 # ---- Constants and defaults ---------------------------------------------------------------------
 # What is fixed; for what `config set` may change see SETTINGS. Times are milliseconds unless the
@@ -353,7 +353,7 @@ def open_private(path, flags=os.O_RDWR | os.O_CREAT):
 
 def has_acl(path):
     """Whether more users are named than the mode tells: it then shows their mask as the group."""
-    with contextlib.suppress(OSError, AttributeError):  # a system, or a disk, without them
+    with suppress(OSError, AttributeError):  # a system, or a disk, without them
         return "system.posix_acl_access" in os.listxattr(path)
     return False
 
@@ -397,7 +397,7 @@ def check_links(path):
 
 def private_directory(path):
     """Make `path` a directory of ours, 0700, or see that it is one nobody else can write."""
-    with contextlib.suppress(FileExistsError):
+    with suppress(FileExistsError):
         os.mkdir(path, 0o700)
         os.chmod(path, 0o700)
     status = os.lstat(path)
@@ -429,7 +429,7 @@ def check_folder(folder):
 def mount_of(path, table="/proc/self/mountinfo"):
     """(mount point, type) of the file system that `path` is on; "" where the system doesn't say."""
     best = ("", "")
-    with contextlib.suppress(OSError), open(table, errors="surrogateescape") as mounts:
+    with suppress(OSError), open(table, errors="surrogateescape") as mounts:
         for line in mounts:
             left, _, right = line.partition(" - ")
             point = re.sub(r"\\(\d{3})", lambda m: chr(int(m.group(1), 8)), left.split()[4])
@@ -441,7 +441,7 @@ def mount_of(path, table="/proc/self/mountinfo"):
 def check_database(path):
     """Refuse a database with planted files, or one where SQLite's locks don't work."""
     for name in (path, path + "-wal", path + "-shm", path + "-journal"):
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             check_regular(name, os.lstat(name))
     point, kind = mount_of(path)
     if point == path:
@@ -456,7 +456,7 @@ def check_database(path):
 @functools.lru_cache(maxsize=None)  # no process outlives it
 def boot_id():
     """Differs after each boot; "" where the system doesn't say."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
     return ""
 
@@ -471,7 +471,7 @@ def read_at(path, start, size):
         os.close(fd)
 
 
-@contextlib.contextmanager
+@contextmanager
 def passing_over():
     """What can't be read is left out. But for want of descriptors: then nothing is known of it."""
     try:
@@ -519,7 +519,7 @@ def is_locked(path):
 
 def has_open(pid, fd, wanted):
     """Whether descriptor `fd` of `pid` is the file with status `wanted`, open for writing."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if os.path.samestat(os.stat("/proc/%s/fd/%s" % (pid, fd)), wanted):
             with open("/proc/%s/fdinfo/%s" % (pid, fd)) as info:
                 flags = re.search(r"flags:\s*([0-7]+)", info.read())
@@ -531,10 +531,10 @@ def holders(path):
     """The pids, but for our own, that have `path` open for writing: who only reads it, like
     tail -f, is no part of the job. Empty where there is no /proc."""
     found = []
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         wanted = os.stat(path)
         for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 fds = os.listdir("/proc/%s/fd" % pid)
                 if int(pid) != os.getpid() and any(has_open(pid, fd, wanted) for fd in fds):
                     found.append(int(pid))
@@ -579,7 +579,7 @@ def as_text(value):
 
 
 def is_text(value):
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return as_text(value) == value
     return False
 
@@ -1161,12 +1161,12 @@ class Store:
     def close(self):
         connection, self.connection, self.synchronous = self.connection, None, None
         if connection is not None:
-            with contextlib.suppress(Exception):  # closing is all that is wanted of it
+            with suppress(Exception):  # closing is all that is wanted of it
                 connection.close()
 
     # -- transactions
 
-    @contextlib.contextmanager
+    @contextmanager
     def transaction(self, *, durable=True):
         """All or nothing; with `durable` it is on the disk when the block has ended."""
         level = "FULL" if durable else "NORMAL"
@@ -1193,7 +1193,7 @@ class Store:
         except self.error:
             self.close()
 
-    @contextlib.contextmanager
+    @contextmanager
     def savepoint(self):
         """Inside a transaction: what the block wrote is undone if it fails."""
         self.query("SAVEPOINT request")
@@ -1211,7 +1211,7 @@ class Store:
         if self.file is None:
             return
         status = None
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             status = os.stat(self.path)
         if status is None or not os.path.samestat(status, self.file) or not status.st_size:
             self.close()
@@ -1252,7 +1252,7 @@ class Store:
         stored = self.query("SELECT key, value FROM config WHERE value IS NOT NULL")
         self.settings = {key: setting.default for key, setting in SETTINGS.items()}
         for key, value in stored:
-            with contextlib.suppress(Failure):
+            with suppress(Failure):
                 self.settings[key] = read_setting(key, value)
 
     def set_setting(self, key, value):
@@ -1268,7 +1268,7 @@ class Store:
 
     def wanted(self):
         """The number of workers wanted."""
-        with contextlib.suppress(TypeError, ValueError):  # what another program wrote
+        with suppress(TypeError, ValueError):  # what another program wrote
             return min(max(int(self.meta("workers")), 0), MAX_WORKERS)
         return 0
 
@@ -1610,7 +1610,7 @@ class Store:
         """Bytes on the disk, with what waits in the WAL."""
         total = 0
         for name in (self.path, self.path + "-wal"):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 total += os.stat(name).st_size
         return total
 
@@ -1622,7 +1622,7 @@ class Store:
             levels.append(self.value(
                 "SELECT MAX(priority) FROM jobs WHERE ready = 1 AND priority < ?", (levels[-1],)))
         for level in levels[1:-1]:
-            with contextlib.suppress(ValueError):  # dates by another program's hand
+            with suppress(ValueError):  # dates by another program's hand
                 times.append(parse_date(self.value(
                     """SELECT MIN(MAX(created_at, run_after))
                        FROM (SELECT created_at, run_after FROM jobs
@@ -1647,7 +1647,7 @@ class Store:
                              ORDER BY finished_at DESC LIMIT 1""", (since,) + span)
 
 
-@contextlib.contextmanager
+@contextmanager
 def beside(path, target=":memory:", mode="ro"):
     """A connection to `target` that has the database at `path` attached as `source`, read-only:
     it needs no lock, since WAL lets one read while another writes, and never checkpoints. For a
@@ -1656,7 +1656,7 @@ def beside(path, target=":memory:", mode="ro"):
     source = sqlite_uri(path) + "?mode=" + mode
 
     def connect(uri):
-        return contextlib.closing(
+        return closing(
             sqlite3.connect(uri, timeout=REACH_S, isolation_level=None, uri=True))
     try:
         with connect(source) as probe:  # ATTACH would only say that it can't open it
@@ -1712,7 +1712,7 @@ def back_up(path, target):
     try:
         count = copy_database(path, target)
         os.fsync(fd)
-        with contextlib.suppress(OSError):  # a folder may be one that we can't read
+        with suppress(OSError):  # a folder may be one that we can't read
             os.fsync(os.open(os.path.dirname(target), os.O_RDONLY))
         return count
     except BaseException as error:
@@ -1744,7 +1744,7 @@ def inspect(path):
             schema, = run("PRAGMA source.user_version")
             if schema == len(MIGRATIONS):
                 names = "SELECT name FROM %ssqlite_master"
-                with contextlib.closing(Store(":memory:")) as fresh:
+                with closing(Store(":memory:")) as fresh:
                     wanted = {row[0] for row in fresh.query(names % "")}
                 lacks = sorted(wanted - set(run(names % "source.")))
                 run("SELECT %s FROM source.jobs LIMIT 0" % COLUMNS)
@@ -1806,7 +1806,7 @@ class Spool:
         left of it on; where they start; where all of it ends); None while it is being cut, or
         can't be looked at."""
         data, size = b"", 0
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             before = self.record(claim).get("dropped", 0)
             with passing_over():
                 data, size = read_at(self.run_file(claim.serial), max(offset - (before or 0), 0),
@@ -1816,7 +1816,7 @@ class Spool:
         return None
 
     def discard(self, serial):
-        with contextlib.suppress(OSError):  # what stays is removed at the next start
+        with suppress(OSError):  # what stays is removed at the next start
             os.unlink(self.run_file(serial))
 
     def serials(self):
@@ -1827,7 +1827,7 @@ class Spool:
         """The highest number that a run file or a worker's record bears."""
         found = [0] + self.serials()
         for name in os.listdir(self.path):
-            with contextlib.suppress(OSError, TypeError, ValueError):
+            with suppress(OSError, TypeError, ValueError):
                 if name.startswith("w."):
                     record = unpad(read_at(os.path.join(self.path, name), 0, RECORD_BYTES)[0])
                     found.append(int(record.get("serial")))
@@ -1860,7 +1860,7 @@ def group_of(mark, pid=None):
     """The group, in a session of its own, of a process, no zombie, that has `mark` in its
     environment; `pid`: if it is that one. None if there is none."""
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError,
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError,
                                  IndexError, ValueError):  # it is just going
             group, session = map(int, process_status(int(name))[2:4])
             if group == session and pid in (None, group) and mark in read_at(
@@ -1898,10 +1898,10 @@ def signal_command(pid, run_file, number):
     numbers = (number, signal.SIGCONT) if number == signal.SIGTERM else (number,)
     for one in numbers:  # a stopped process handles SIGTERM only once it goes on
         if pid:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, one)
         for holder in holders(run_file):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with suppress(ProcessLookupError, PermissionError):
                 if os.getpgid(holder) != pid:
                     os.kill(holder, one)
 
@@ -1975,7 +1975,7 @@ def posix_spawn():
     """A PosixSpawn where it pays, else None. It shares our memory until the exec, as subprocess
     does since Python 3.10; to copy the page tables takes longer than a short job."""
     if sys.version_info < (3, 10) and sys.platform == "linux":
-        with contextlib.suppress(ImportError, AttributeError, OSError, MemoryError):
+        with suppress(ImportError, AttributeError, OSError, MemoryError):
             return PosixSpawn()
     return None
 
@@ -2017,7 +2017,7 @@ def job_environment(order, run_file):
 def bury_strangers(ours):
     """Reap ended children but for `ours`: process 1 of a container is given those that jobs left
     in the background, and nobody else does it."""
-    with contextlib.suppress(ChildProcessError):
+    with suppress(ChildProcessError):
         while True:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None or ended.si_pid in ours:
@@ -2093,7 +2093,7 @@ class Attempt:
             os.close(theirs)
 
     def on_output(self):
-        with contextlib.suppress(BlockingIOError):
+        with suppress(BlockingIOError):
             data = os.read(self.output, PIECE)
             if data:
                 self.keep(data)
@@ -2115,7 +2115,7 @@ class Attempt:
         """Leave the last `limit` bytes. Written first, then cut: a crash leaves too much. Who
         reads meanwhile is told."""
         limit = self.order["limit"]
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             tail = os.pread(self.file, limit, self.size - limit) if limit else b""
             self.note(dropped=None)
             os.pwrite(self.file, tail, 0)
@@ -2217,7 +2217,7 @@ class Loop:
             self.selector.register(sock, events, callback)
 
     def remove(self, sock):
-        with contextlib.suppress(KeyError, ValueError):
+        with suppress(KeyError, ValueError):
             self.selector.unregister(sock)
 
     def wait(self, timeout):
@@ -2464,7 +2464,7 @@ class Worker:
         if self.hearing in ready:
             attempt.on_output()
         if self.wake in ready:
-            with contextlib.suppress(BlockingIOError):
+            with suppress(BlockingIOError):
                 os.read(self.wake, 512)
             if attempt:
                 attempt.on_child(monotonic())
@@ -2521,7 +2521,7 @@ class Worker:
         """Write the record, and ring once it stands for good."""
         os.pwrite(self.slot_fd, pad(record, RECORD_BYTES), 0)
         if record["phase"] == "ended":
-            with contextlib.suppress(OSError):  # no daemon: the next one reads the record
+            with suppress(OSError):  # no daemon: the next one reads the record
                 self.sock.send(b".")
 
 
@@ -2540,7 +2540,7 @@ def default_signals():
     """A job starts with default dispositions and an empty mask, whatever the daemon inherited.
     Handlers that do nothing, not SIG_IGN: exec resets handlers only."""
     for number in range(1, signal.NSIG):
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             ours = number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
             python = number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", 0))
             if ours or (signal.getsignal(number) == signal.SIG_IGN and not python):
@@ -2553,7 +2553,7 @@ def set_open_files(limit=None):
     """Set the soft limit of descriptors, None: as high as allowed; the limit before."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
+    with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if limit is None else limit, hard))
     return soft
 
@@ -2633,7 +2633,7 @@ def result_of(claim, verdict, record, spool, limit, worker=None):
     return Result(claim, outcome, output, worker)
 
 
-@contextlib.contextmanager
+@contextmanager
 def undone(count):
     """Close what the block opened if it fails, up to `count` descriptors: they have the lowest
     numbers that are free."""
@@ -2648,7 +2648,7 @@ def undone(count):
         yield
     except OSError:
         for fd in free:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.close(fd)
         raise
 
@@ -2704,7 +2704,7 @@ class Pool:
         try:
             slot, slot_fd = self.take_slot()
             # Ours of the slot is closed, the lock lives on in the worker's copy.
-            with open(slot_fd, "rb"), contextlib.ExitStack() as made:
+            with open(slot_fd, "rb"), ExitStack() as made:
                 # Opened apart: it shares no lock.
                 file = made.enter_context(open(self.spool.worker_file(slot), "rb", buffering=0))
                 ours, theirs = map(made.enter_context, socket.socketpair())
@@ -3514,7 +3514,7 @@ class Lock:
 def is_held_by(pid, path):
     """Whether the lock at `path` is held, and by the process that signed as `pid`: true in any
     container, with or without /proc."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         return is_locked(path) and unpad(read_at(path, 0, LOCK_BYTES)[0]).get("pid") == pid
     return False
 
@@ -3532,7 +3532,7 @@ def take_lock(lock, kind):
         if serves and holder in KINDS[:KINDS.index(kind)]:
             request = {"command": "daemon", "option": "yield", "db": utf8(lock.db),
                        "flag": "kind", "value": kind}
-            with contextlib.suppress(Failure, AttributeError):  # it has no socket yet
+            with suppress(Failure, AttributeError):  # it has no socket yet
                 ask(os_path(text["socket"]), request, 2)
         elif serves and (holder == "daemon" or kind == "run"):
             deadline = 0
@@ -3587,7 +3587,7 @@ def remove_stale(path):
     aside = name_beside(path)
     os.rename(path, aside)
     if not os.path.samestat(os.lstat(aside), before):
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             os.link(aside, path)
     os.unlink(aside)
 
@@ -3630,7 +3630,7 @@ def make_server(path, on_connection, on_request):
             """Only the owner of the queue gets in; others are told."""
             if peer_uid(request) in (os.geteuid(), None):
                 return True
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 request.settimeout(0)
                 request.send(encode(error_answer(Failure("this queue belongs to another user"))))
             return False
@@ -3639,7 +3639,7 @@ def make_server(path, on_connection, on_request):
             on_connection(request)
 
         def in_place(self):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 return os.lstat(path).st_ino == self.inode
             return False
 
@@ -3667,7 +3667,7 @@ def utter(stream, text, fd):
         stream.write(text)
         stream.flush()
     except (OSError, ValueError):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, fd)
             os.close(null)
@@ -3689,7 +3689,7 @@ class Log:
                 return
             self.last[text] = monotonic()
         line = "%s [%d] %s\n" % (iso(now_ms()), os.getpid(), safe(text))
-        with contextlib.suppress(OSError, Failure):
+        with suppress(OSError, Failure):
             fd = open_private(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             try:
                 os.write(fd, line.encode("utf-8", "backslashreplace"))
@@ -3705,7 +3705,7 @@ def notify(text):
     """Tell systemd, where it started us and listens; never an error."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
-        with contextlib.suppress(OSError, ValueError), \
+        with suppress(OSError, ValueError), \
                 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(BUSY_S)
             sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
@@ -3750,7 +3750,7 @@ def shed_syntax_tree():
     if (__name__ != "__main__" or "FROM_CODE" in globals() or sys.flags.isolated
             or not sys.executable):
         return
-    with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
+    with suppress(OSError), tempfile.TemporaryFile() as file:
         file.write(marshal.dumps(CODE))
         file.seek(0)
         os.set_inheritable(file.fileno(), True)
@@ -3905,7 +3905,7 @@ class Daemon:
                 gc.freeze()  # the workers go on sharing what is loaded now
             while not self.may_end():
                 self.step()
-            with contextlib.suppress(StorageError), self.store.transaction(durable=False):
+            with suppress(StorageError), self.store.transaction(durable=False):
                 self.store.add_commands(self.commands)
             self.log("stopped")
         except Exception as error:
@@ -3963,7 +3963,7 @@ class Daemon:
         if self.kind == "daemon" or self.writes or any(
                 hand.claim for hand in self.pool.hands.values()):
             return False
-        with contextlib.suppress(StorageError):
+        with suppress(StorageError):
             return not (self.store.unsettled(now_ms()) if self.only is None else self.only)
         return False
 
@@ -4459,7 +4459,7 @@ class Queue:
         if lock is None and self.place.db_given:
             check_folder(os.path.dirname(self.place.db))
         store = open_store(lock, "command") if lock else Store(":memory:")
-        with contextlib.closing(store):
+        with closing(store):
             self.mention_other()
             answer = self.settle_and_do(store, call)
         stored = call.operation.writes and not call.arguments.get("dry_run")
@@ -4683,7 +4683,7 @@ def diagnose(queue, db):
     for name in ("", "-wal", "-shm", ".lock", ".log", "-run"):
         note("file DB" + name, look_at_file, db + name, 0o700 if name == "-run" else 0o600)
     if os.path.isfile(lock):
-        with contextlib.suppress(OSError), open(lock, "rb") as file:
+        with suppress(OSError), open(lock, "rb") as file:
             holder = unpad(file.read(LOCK_BYTES))
     served = note("lock", look_at_lock, lock, holder) and is_locked(lock)
     path = os_path(served and holder.get("socket") or "")
@@ -5202,7 +5202,7 @@ class Wait:
         self.pause_s = min(self.pause_s * 1.3, POLL_S)
 
 
-@contextlib.contextmanager
+@contextmanager
 def watching():
     """Ctrl-C ends the watching, never the job."""
     try:
@@ -5472,7 +5472,7 @@ def cmd_show(queue, args):
 
 def employ(queue, job_id):
     """Have a temporary daemon work the job, unless someone else has just started one."""
-    with contextlib.suppress(Served):
+    with suppress(Served):
         start_in_background(queue.place, "--only=" + job_id)
 
 
@@ -6106,7 +6106,7 @@ def is_check(argv):
 def complain(argv, problem, status):
     """Say what went wrong, in one line; the exit status. `check` has its own form of both."""
     if is_check(argv):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             print_text("UNKNOWN - %s" % problem.replace("|", "/"))
         return 3
     tell(compact({"success": False, "message": "Error: %s" % problem}))
@@ -6134,7 +6134,7 @@ def leave(status):
     """End at once. Not sys.exit: multiprocessing would wait for workers, which may outlive their
     daemon to finish their jobs."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             stream.flush()
     os._exit(status)
 
