@@ -2063,7 +2063,7 @@ class Attempt:
         except OSError as error:
             self.fail(error)
         except (AttributeError, TypeError, ValueError) as error:  # what another program wrote
-            self.finish("refused", "can't start: %s" % safe(str(error)))
+            self.finish("refused", "can't start: %s" % error)
         else:
             pid = self.process.pid
             self.note(phase="running", pid=pid, start=process_start(pid))
@@ -2076,7 +2076,7 @@ class Attempt:
         if place == self.path:
             place = spool  # a number would make each line of the log another
         there = place == os_path(self.order["cwd"])
-        place = place and (" in " if there or place == spool else " ") + safe(place)
+        place = place and (" in " if there or place == spool else " ") + place
         own_fault = error.errno not in UNSTARTED or there and error.errno == errno.EIO
         self.finish("refused" if own_fault else "unstarted",
                     "can't start%s: %s" % (place, os.strerror(error.errno)))
@@ -2184,7 +2184,7 @@ class Attempt:
     def finish(self, reason, detail=""):
         """Note the outcome, then reap: until then the pid can't have become another's."""
         self.note(phase="ended", start=None, reason=reason, status=self.status,  # none to look for
-                  detail=detail[:300], size=self.size, dropped=self.dropped, at=now_ms())
+                  detail=safe(detail)[:300], size=self.size, dropped=self.dropped, at=now_ms())
         self.over, self.deadline = True, None
         if self.process:
             self.process.wait()
