@@ -2204,6 +2204,10 @@ class Attempt:
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
+def encode(message):
+    return compact(message).encode() + b"\n"
+
+
 class Loop:
     """Sockets and what to call, with the events that happened, when they are ready."""
 
@@ -2273,9 +2277,9 @@ class Channel:
             self.watch()  # no longer for reading: it would be "ready" for ever
             self.on_end(self)
 
-    def send(self, data):
+    def send(self, message):
         if self.open:
-            self.outbox += data
+            self.outbox += encode(message)
             self.flush()
 
     def flush(self):
@@ -2356,10 +2360,6 @@ def parse_request(data):
     if not isinstance(request, dict) or not isinstance(request.get("command"), str):
         raise Failure('a request is an object like {"command":"status"}')
     return request
-
-
-def encode(answer):
-    return compact(answer).encode() + b"\n"
 
 
 def encode_request(request):
@@ -2602,7 +2602,7 @@ class Hand:
 
     def stop(self, reason):
         """Have its command stopped: "cancelled" or "stopped"."""
-        self.channel.send(encode({"stop": self.claim.serial, "reason": reason}))
+        self.channel.send({"stop": self.claim.serial, "reason": reason})
 
 
 class Orphan:
@@ -2743,7 +2743,7 @@ class Pool:
         if hand.claim is None:
             self.drop(hand)
         else:
-            hand.channel.send(encode({"leave": True}))
+            hand.channel.send({"leave": True})
 
     def drop(self, hand):
         """Forget it; its end of the socket closes, so it leaves if it lives."""
@@ -2764,7 +2764,7 @@ class Pool:
     def hand_out(self, claim, order):
         hand = self.idle.pop(claim.slot)
         hand.claim, hand.since = claim, monotonic()
-        hand.channel.send(encode(order))
+        hand.channel.send(order)
 
     def on_bell(self, hand, channel):
         if channel.inbox and hand.claim:
@@ -4314,7 +4314,7 @@ class Daemon:
             return error_answer(Failure("internal error: %r; see %s" % (error, self.log.path)))
 
     def send(self, channel, answer):
-        channel.send(encode(answer))
+        channel.send(answer)
         channel.busy = False
 
 

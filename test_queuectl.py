@@ -1422,7 +1422,7 @@ class OperationsTest(StoreCase):
             {"command": "dlq", "option": "retry", "value": {"state": "dead"}}), 0.0)]
         self.sql("INSERT INTO jobs (id, command, state) VALUES (NULL, 'true', 'dead')")
         daemon.turn(1.0)
-        answer = json.loads(channel.send.call_args[0][0].decode())
+        answer = channel.send.call_args[0][0]
         self.assertEqual((answer.get("count"), self.counts()), (1, {"pending": 1}))
         self.assertEqual(self.ids(), [queuectl.as_id(one) for one in self.ids()])
 
