@@ -1156,7 +1156,7 @@ class AttemptTest(Case):
                                  ["starting", "running", "ended"])
 
     def test_output_that_the_command_read_itself_is_not_waited_for(self):
-        run = self.start("exec sleep 1")
+        run = self.start("exec sleep 0.3")
         run.on_output()
         self.assertIsNotNone(run.output)  # it would be closed if the end had been waited for
         run.drain()
@@ -1606,6 +1606,48 @@ class OperationsTest(StoreCase):
 
 FIFO_JOB = "echo started; read line < %s; echo $line"
 
+# What else is started than the script itself: queuectl after some code that changes it.
+DRIVER = """
+import os, signal, sqlite3, sys
+sys.path.insert(0, sys.argv.pop(1))
+import queuectl
+
+def passed(path, n):
+    "Kill this process at the n-th pass, counted over all processes."
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(fd, b".")
+    if os.lseek(fd, 0, os.SEEK_CUR) == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(fd)
+
+def around(owner, name, before, point):
+    "Have point() called before or after each call."
+    inner = getattr(owner, name)
+    def outer(*args, **named):
+        if before:
+            point()
+        value = inner(*args, **named)
+        if not before:
+            point()
+        return value
+    setattr(owner, name, outer)
+
+def on_sql(hook):
+    "Have hook(connection, sql, run) called for each statement."
+    class Connection(sqlite3.Connection):
+        def execute(self, sql, *values):
+            return hook(self, sql, lambda: sqlite3.Connection.execute(self, sql, *values))
+    connect = sqlite3.connect
+    sqlite3.connect = lambda *args, **named: connect(*args, factory=Connection, **named)
+
+%s
+queuectl.prepare_stdio()
+queuectl.leave(queuectl.main(sys.argv[1:]))
+"""
+
+# So that no test waits a second for a look, or for the end of a pause after trouble.
+HASTE = "queuectl.LOOK_S = 0.1\n"
+
 
 def processes_of(folder):
     """The pids of all processes that carry `folder` in their environment, but for this one."""
@@ -1702,6 +1744,21 @@ class QueueCase(unittest.TestCase):
         self.assertIn(b"ready", process.stdout.readline())
         return process
 
+    def started(self, argv, ready=True, **options):
+        """A process of any kind, killed in cleanup like all."""
+        options.setdefault("env", self.env)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   start_new_session=True, **options)
+        self.daemons.append(process)
+        if ready:
+            self.assertIn(b"ready", process.stdout.readline())
+        return process
+
+    def driven(self, code, *args, ready=True):
+        """A daemon that has run `code` before its start."""
+        return self.started([sys.executable, "-c", DRIVER % code, HERE, "daemon"] + list(args),
+                            ready)
+
     def kill(self, process):
         process.kill()
         process.wait()
@@ -1754,6 +1811,18 @@ class QueueCase(unittest.TestCase):
                 with open(os.open(self.path(name), os.O_WRONLY | os.O_NONBLOCK), "w") as file:
                     return file.write("through\n")
         wait_until(through, "a job is at the gate")
+
+    @contextlib.contextmanager
+    def opened_by_a_wait(self, name="gate"):
+        """Within it a command that waits opens the gate: one that does not leaves the job there."""
+        closed, inner = [name], queuectl.Wait.__call__
+
+        def wait(*args):
+            if closed:
+                self.open_gate(closed.pop())
+            inner(*args)
+        with mock.patch("queuectl.Wait.__call__", wait):
+            yield
 
     def workers_of(self, daemon):
         """The pids of its workers."""
@@ -2079,9 +2148,10 @@ class DaemonTest(QueueCase):
         # "": no /proc; the other: in another container that number is a process that stays.
         for started in ("", "another"):
             self.daemon("--workers", "1")
-            job_id = self.enqueue("sleep 0.5")
-            wait_until(lambda: self.job(job_id)["state"] == "processing", "it runs")
-            with self.subTest(started=started), \
+            job_id = self.enqueue(self.gate("gate" + started))
+            self.wait_for("processing")
+            with self.subTest(started=started), self.opened_by_a_wait("gate" + started), \
+                    mock.patch("queuectl.monotonic", lambda: 10 * time.monotonic()), \
                     mock.patch("queuectl.process_start", return_value=started):
                 self.ok("daemon", "stop")
                 self.assertEqual(self.rows("SELECT state FROM jobs WHERE id = ?", job_id),
@@ -2090,12 +2160,13 @@ class DaemonTest(QueueCase):
     def test_a_stop_by_socket_alone_waits_for_a_daemon_of_any_version(self):
         self.daemon("--workers", "1")
         del self.env["DB_PATH"]
-        job_id, ask = self.enqueue("sleep 2"), queuectl.ask
-        wait_until(lambda: self.job(job_id)["state"] == "processing", "it runs")
+        self.enqueue(self.gate())
+        self.wait_for("processing")
+        ask = queuectl.ask
 
         def without_db(*args):
             return {name: value for name, value in ask(*args).items() if name != "db"}
-        with mock.patch("queuectl.ask", without_db):
+        with mock.patch("queuectl.ask", without_db), self.opened_by_a_wait():
             self.ok("daemon", "stop")
         self.assertEqual(self.rows("SELECT state FROM jobs"), [("completed",)])
 
@@ -2111,7 +2182,7 @@ class DaemonTest(QueueCase):
         folder = os.path.join(self.dir, "d")
         os.mkdir(folder)
         self.sock = self.env["SOCKET_PATH"] = os.path.join(folder, "s")
-        daemon = self.daemon()
+        daemon = self.driven(HASTE)
         shutil.rmtree(folder)
 
         def logged():
@@ -2123,7 +2194,7 @@ class DaemonTest(QueueCase):
         self.assertEqual(self.ok("daemon", "status")["pid"], daemon.pid)
 
     def test_a_removed_socket_comes_back(self):
-        self.daemon()
+        self.driven(HASTE)
         os.unlink(self.sock)
         wait_until(lambda: os.path.exists(self.sock), "the socket is back")
         self.assertEqual(self.ok("status")["workers"], 0)
@@ -2257,7 +2328,7 @@ class DaemonTest(QueueCase):
         self.assertEqual(len(self.jobs()), 1)
 
     def test_rows_of_another_program_are_noticed_within_a_second(self):
-        self.daemon("--workers", "1")
+        self.driven(HASTE, "--workers", "1")
         self.rows("INSERT INTO jobs (id, command) VALUES ('theirs', 'true')")
         self.rows("INSERT INTO jobs (id, command, run_after) VALUES (NULL, 'true', 'never')")
         self.wait_for("completed")
@@ -2267,7 +2338,7 @@ class DaemonTest(QueueCase):
         self.assertTrue(dead["id"])
 
     def test_bytes_in_a_row_of_another_program_end_no_daemon(self):
-        self.daemon()
+        self.driven(HASTE)
         self.rows("INSERT INTO jobs (id, command, created_at, run_after)"
                   " VALUES ('theirs', 'true', 'never', X'00')")
         self.wait_for("dead")
@@ -2284,7 +2355,7 @@ class DaemonTest(QueueCase):
         self.rows("UPDATE jobs SET state = 'completed' WHERE id = 'b'")
         self.rows("UPDATE jobs SET command = 'echo changed >> %s' WHERE id = 'c'"
                   % self.path("log"))
-        self.daemon("--workers", "1")
+        self.driven(HASTE, "--workers", "1")
         self.wait_for("completed", 2)
         self.assertEqual(self.read("log"), "changed\n")
         self.rows("UPDATE jobs SET state = 'pending', attempts = 0 WHERE id = 'a'")
@@ -2324,7 +2395,7 @@ class DaemonTest(QueueCase):
         self.wait_for("completed", 2)
 
     def test_a_removed_database_stops_the_daemon_loudly(self):
-        daemon = self.daemon("--workers", "2")
+        daemon = self.driven(HASTE, "--workers", "2")
         os.rename(self.db, self.db + ".moved")
         self.assertEqual(daemon.wait(30), 1)
         self.assertIn("was removed", self.read("q.db.log"))
@@ -2526,7 +2597,7 @@ class StoriesTest(QueueCase):
 
     def test_a_timeout_ends_the_whole_group(self):
         self.ok("config", "set", "max-retries", "1")
-        self.daemon("--workers", "1")
+        self.driven("queuectl.GRACE_S = 0.2", "--workers", "1")
         self.enqueue("trap '' TERM; sleep 300 & setsid sleep 300 & echo up; wait; sleep 300",
                      timeout=300)
         self.wait_for("dead")
@@ -2537,7 +2608,7 @@ class StoriesTest(QueueCase):
 
     def test_output_is_bounded_and_kept_across_retries(self):
         self.ok("config", "set", "output-limit", "10")
-        self.ok("config", "set", "delay-base", "1")
+        self.ok("config", "set", "max-delay", "1ms")
         self.daemon("--workers", "1")
         self.enqueue("seq 1000 >&2; echo end $QUEUECTL_ATTEMPT; exit 1", max_retries=2)
         self.wait_for("dead")
@@ -2612,7 +2683,7 @@ class StoriesTest(QueueCase):
         self.assertTrue(queuectl.process_start(pid))
 
     def test_what_a_lost_worker_left_running_is_stopped_before_the_retry(self):
-        self.ok("config", "set", "delay-base", "1")
+        self.ok("config", "set", "max-delay", "1ms")
         daemon = self.daemon("--workers", "4")
         escapes = ("exec >/dev/null 2>&1", "exec 3>&- 4>&- 5>&- 6>&- 7>&-", "kill -STOP $$",
                    "setsid sleep 300; :")
@@ -2633,7 +2704,7 @@ class StoriesTest(QueueCase):
                          [("worker lost",)] * 4)
 
     def test_a_worker_killed_before_its_next_order_costs_nothing(self):
-        daemon = self.daemon("--workers", "1")
+        daemon = self.driven(HASTE, "--workers", "1")
         self.enqueue(self.gate())
         self.wait_for("processing")
         second = self.enqueue("true")
@@ -2647,7 +2718,7 @@ class StoriesTest(QueueCase):
         self.assertEqual(self.job(second)["attempts"], 1)
 
     def test_a_running_jobs_row_changed_by_another_program_runs_once_at_a_time(self):
-        self.daemon("--workers", "2")
+        self.driven(HASTE, "--workers", "2")
         job = self.enqueue(self.gate(), id="mine")
         self.wait_for("processing")
         self.rows("UPDATE jobs SET state = 'pending' WHERE id = ?", job)
@@ -2851,9 +2922,11 @@ class ToolkitTest(QueueCase):
         self.assertEqual(self.show("a", "error", "attempts"), ("cancelled", 1))
 
     def test_the_job_of_a_dead_daemons_worker_can_be_cancelled(self):
-        for restart, trap in ((False, ""), (True, "exit 0")):
-            with self.subTest(restart=restart):
-                daemon = self.daemon("--workers", "1")
+        for restart, trap, grace_s in ((False, "", 0.2), (True, "exit 0", 30)):
+            code = "queuectl.GRACE_S = %g" % grace_s
+            with self.subTest(restart=restart), mock.patch(
+                    "queuectl.call_of", return_value=["-c", DRIVER % code, HERE]):
+                daemon = self.driven(code, "--workers", "1")
                 job = self.enqueue("trap '%s' TERM; echo ready; while :; do sleep 0.1; done" % trap,
                                    timeout=0)
                 follower = self.spawn("logs", "-f", job)
@@ -2861,7 +2934,7 @@ class ToolkitTest(QueueCase):
                 self.kill(follower)
                 self.kill(daemon)
                 if restart:
-                    daemon = self.daemon("--workers", "1")
+                    daemon = self.driven(code, "--workers", "1")
                 self.prints("cancel", job)
                 self.assertEqual(self.show(job, "state", "error"), ("dead", "cancelled"))
                 self.kill(daemon)
@@ -2939,12 +3012,16 @@ class ToolkitTest(QueueCase):
 
     def test_logs_are_the_bytes_of_each_attempt(self):
         self.daemon("--workers", "1")
-        self.ok("config", "set", "delay-base", "1")
-        self.enqueue(r"printf '\377\000%s\r\n' $QUEUECTL_ATTEMPT; exit 1", id="a", max_retries=2)
+        self.ok("config", "set", "max-delay", "1ms")
+        os.mkfifo(self.path("gate"))
+        self.enqueue(r"printf '\377\000%%s\r\n' $QUEUECTL_ATTEMPT; read line <%s; exit 1"
+                     % self.path("gate"), id="a", max_retries=2)
         self.assertIn("no job none", self.refused("logs", "none"))
         process = self.spawn("logs", "-f", "a")
-        self.assertEqual(process.communicate()[0], b"\xff\0001\r\n\xff\0002\r\n")
-        self.assertEqual(process.returncode, 0)
+        for line in (b"\xff\0001\r\n", b"\xff\0002\r\n"):
+            self.assertEqual(process.stdout.readline(), line)
+            self.open_gate()
+        self.assertEqual((process.communicate()[0], process.returncode), (b"", 0))
         self.assertEqual(self.spawn("logs", "a", "--attempt", "1").communicate()[0],
                          b"\xff\0001\r\n")
         self.assertIn("no such attempt", self.refused("logs", "a", "--attempt", "3"))
@@ -3052,7 +3129,7 @@ class ToolkitTest(QueueCase):
                          ("cancelled",) * 2)
 
     def test_a_quiet_run_prints_nothing_though_a_try_failed(self):
-        self.ok("config", "set", "delay-base", "1")
+        self.ok("config", "set", "max-delay", "300ms")
         run = self.spawn("run", "--quiet", "--", "test $QUEUECTL_ATTEMPT = 2")
         self.assertEqual((run.communicate()[0], run.returncode), (b"", 0))
 
@@ -3135,7 +3212,7 @@ class ToolkitTest(QueueCase):
         self.assertIn("paused", self.refused("drain"))
 
     def test_drain_works_what_is_ready_and_waits_out_backoffs(self):
-        self.ok("config", "set", "delay-base", "1")
+        self.ok("config", "set", "max-delay", "300ms")
         self.enqueue("true", id="later", run_after="2100-01-01")
         self.assertEqual(self.ok("drain")["message"], "Queue drained")
         self.enqueue("test -e again || { touch again; exit 1; }", id="twice", cwd=self.dir)
@@ -3220,63 +3297,10 @@ class ToolkitTest(QueueCase):
 # ---- Faults -------------------------------------------------------------------------------------
 # Daemons whose functions were replaced, so that they die, or the host fails them, at a known point.
 
-DRIVER = """
-import os, signal, sqlite3, sys
-sys.path.insert(0, sys.argv.pop(1))
-import queuectl
-
-def passed(path, n):
-    "Kill this process at the n-th pass, counted over all processes."
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.write(fd, b".")
-    if os.lseek(fd, 0, os.SEEK_CUR) == n:
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.close(fd)
-
-def around(owner, name, before, point):
-    "Have point() called before or after each call."
-    inner = getattr(owner, name)
-    def outer(*args, **named):
-        if before:
-            point()
-        value = inner(*args, **named)
-        if not before:
-            point()
-        return value
-    setattr(owner, name, outer)
-
-def on_sql(hook):
-    "Have hook(connection, sql, run) called for each statement."
-    class Connection(sqlite3.Connection):
-        def execute(self, sql, *values):
-            return hook(self, sql, lambda: sqlite3.Connection.execute(self, sql, *values))
-    connect = sqlite3.connect
-    sqlite3.connect = lambda *args, **named: connect(*args, factory=Connection, **named)
-
-%s
-queuectl.prepare_stdio()
-queuectl.leave(queuectl.main(sys.argv[1:]))
-"""
-
 
 class FaultCase(QueueCase):
     PROBE = ("exec 9>>%(dir)s/probe.$QUEUECTL_JOB_ID; flock -n 9 || echo $QUEUECTL_JOB_ID >>"
              " %(dir)s/overlaps; echo $QUEUECTL_JOB_ID >> %(dir)s/log")
-
-    def started(self, argv, ready=True, **options):
-        """A process of any kind, killed in cleanup like all."""
-        options.setdefault("env", self.env)
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   start_new_session=True, **options)
-        self.daemons.append(process)
-        if ready:
-            self.assertIn(b"ready", process.stdout.readline())
-        return process
-
-    def driven(self, code, *args, ready=True):
-        """A daemon that has run `code` before its start."""
-        return self.started([sys.executable, "-c", DRIVER % code, HERE, "daemon"] + list(args),
-                            ready)
 
     def probe(self, job_id, then=""):
         """Enqueue a job that tells of any overlap, and logs its run."""
@@ -3312,11 +3336,11 @@ class FailpointTest(FaultCase):
         costs; `worker`: it is one that dies, and its daemon makes it good; `then`: what the
         jobs do in the end."""
         ids, losses = [], 0
-        self.ok("config", "set", "delay-base", "1")
+        self.ok("config", "set", "max-delay", "1ms")
         for n in itertools.count(1):
             ids += [self.probe("%d.%d" % (n, i), then) for i in range(jobs)]
             passes = self.path("passes%d" % n)
-            daemon = self.driven("die = lambda: passed(%r, %d)\n%s" % (passes, n, point),
+            daemon = self.driven(HASTE + "die = lambda: passed(%r, %d)\n%s" % (passes, n, point),
                                  "--workers", "2", ready=False)
 
             def died():
@@ -3327,7 +3351,7 @@ class FailpointTest(FaultCase):
             if died():
                 losses += lost
                 if not worker:
-                    daemon = self.daemon("--workers", "2")
+                    daemon = self.driven(HASTE, "--workers", "2")
             wait_until(lambda: not self.unfinished(), "all is done")
             self.kill(daemon)
             with self.subTest(pass_number=n):
@@ -3361,9 +3385,14 @@ class FailpointTest(FaultCase):
         self.kill_at("around(queuectl.Attempt, 'spawn', False, die)", jobs=1, lost=1, worker=True)
 
     def test_a_worker_dies_once_its_command_runs_and_has_closed_its_descriptors(self):
-        self.kill_at("around(queuectl.Attempt, 'spawn', False,"
-                     " lambda: (queuectl.time.sleep(0.2), die()))", jobs=1, lost=1, worker=True,
-                     then="; exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; sleep 2")
+        closed = self.path("closed")
+        self.kill_at("""
+def die_later():
+    while not os.path.exists(%r):
+        queuectl.time.sleep(0.01)
+    die()
+around(queuectl.Attempt, 'spawn', False, die_later)""" % closed, jobs=1, lost=1, worker=True,
+                     then="; exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; mkdir %s || exit 0; sleep 60" % closed)
 
     def test_a_worker_dies_before_it_notes_an_outcome(self):
         self.kill_at("around(queuectl.Attempt, 'finish', True, die)", jobs=1, lost=1, worker=True)
@@ -3498,7 +3527,7 @@ class SecurityTest(FaultCase):
     def test_a_default_socket_squatted_later_moves_the_daemon_too(self):
         path = self.open_folder("tmp") + "/s"
         del self.env["SOCKET_PATH"]
-        self.driven("queuectl.DEFAULT_SOCKET = %r" % path)
+        self.driven(HASTE + "queuectl.DEFAULT_SOCKET = %r" % path)
         with mock.patch("queuectl.DEFAULT_SOCKET", path):
             as_nobody("os.unlink(sys.argv[1]); s.bind(sys.argv[1])", path)
             wait_until(lambda: os.path.exists(self.db + ".sock"), "it listens elsewhere")
@@ -3509,7 +3538,7 @@ class SecurityTest(FaultCase):
     def test_a_daemon_that_could_not_move_at_once_signs_the_lock_when_it_does(self):
         path = self.open_folder("tmp") + "/s"
         del self.env["SOCKET_PATH"]
-        self.driven("""queuectl.DEFAULT_SOCKET = %r
+        self.driven(HASTE + """queuectl.DEFAULT_SOCKET = %r
 make_server, left = queuectl.make_server, [1]
 def scarce(path, *args):
     if path.endswith('q.db.sock') and left:
@@ -3720,7 +3749,7 @@ on_sql(hook)""" % full, "--workers", "1")
 
     def starve(self, limit, soft):
         """Let a job start while its worker has no more of `limit`; (worker, workers after)."""
-        daemon = self.daemon("--workers", "1")
+        daemon = self.driven(HASTE, "--workers", "1")
         self.enqueue("true", id="first")
         self.wait_for("completed")
         worker, = self.workers_of(daemon)
@@ -3728,7 +3757,7 @@ on_sql(hook)""" % full, "--workers", "1")
         self.enqueue("true", id="poor", max_retries=1)
         wait_until(lambda: "could not start" in self.read("q.db.log"), "it could not start")
         poor = "SELECT state, attempts, runs FROM jobs WHERE id = 'poor'"
-        self.assertEqual(self.rows(poor), [("pending", 0, 0)])
+        wait_until(lambda: self.rows(poor) == [("pending", 0, 0)], "it waits for another try")
         with contextlib.suppress(ProcessLookupError):
             set_limit(worker, limit, before)
         self.wait_for("completed", 2)
@@ -3764,7 +3793,7 @@ real, queuectl.read_at = queuectl.read_at, read_at""" % poor, "--workers", "1")
         """A clock that jumps while one job runs and one waits for its second try."""
         for key, value in (("delay-base", "30m"), ("max-delay", "1h"), ("backoff", "fixed")):
             self.ok("config", "set", key, value)
-        self.driven("""
+        self.driven(HASTE + """
 real = queuectl.now_ms
 queuectl.now_ms = lambda: real() + %d * 86400000 * os.path.exists(%r)"""
                     % (days, self.path("jumped")), "--workers", "2")
@@ -3829,11 +3858,11 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
 
     def test_a_second_signal_ends_a_run_though_its_daemon_hangs(self):
         daemon = self.daemon("--workers", "1")
-        run = self.started([sys.executable, SCRIPT, "run", "--", "echo started; sleep 60"],
-                           ready=False)
+        run = self.started([sys.executable, "-c", DRIVER % "queuectl.TWICE_S = 0.1", HERE, "run",
+                            "--", "echo started; sleep 60"], ready=False)
         self.assertEqual(run.stdout.readline(), b"started\n")
         daemon.send_signal(signal.SIGSTOP)
-        wait_until(lambda: run.terminate() or run.poll() is not None, "it has ended", 20, every_s=1)
+        wait_until(lambda: run.terminate() or run.poll() is not None, "it has ended", 20, every_s=0.2)
         self.assertEqual(run.returncode, 143)
 
     @unittest.skipUnless(shutil.which("unshare"), "needs unshare")
@@ -3841,7 +3870,8 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
         container = ["unshare", "--pid", "--fork", "--mount-proc"]
         if subprocess.call(container + ["true"], stderr=subprocess.DEVNULL):
             self.skipTest("needs the right to make a container")
-        daemon = self.started(container + [sys.executable, SCRIPT, "daemon", "--workers", "1"])
+        daemon = self.started(container + [sys.executable, "-c", DRIVER % HASTE, HERE, "daemon",
+                                           "--workers", "1"])
         self.enqueue("sleep 0.1 & sleep 0.1 & true", id="leaves")
         self.wait_for("completed")
         first, = [pid for pid in processes_of(self.dir) if parent(pid) == daemon.pid]
@@ -3901,12 +3931,20 @@ queuectl.Store.mark_stopped = locked""")
         self.assertEqual(self.rows("SELECT state, attempts FROM jobs"), [("failed", 1)])
 
     def test_a_queue_that_an_orphan_started_is_no_part_of_it(self):
-        first = self.driven("around(queuectl.Attempt, 'spawn', False, lambda:"
-                            " (queuectl.time.sleep(0.2), os.kill(os.getppid(), signal.SIGKILL),"
-                            " os.kill(os.getpid(), signal.SIGKILL)))", "--workers", "1")
-        self.enqueue("exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; sleep 1; %s %s worker start" % (
-            queuectl.shell_quote(sys.executable), queuectl.shell_quote(SCRIPT)))
+        first = self.driven("""
+def die():
+    while not os.path.exists(%r):
+        queuectl.time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+around(queuectl.Attempt, 'spawn', False, die)""" % self.path("closed"), "--workers", "1")
+        os.mkfifo(self.path("gate"))
+        self.enqueue("exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; mkdir closed; read line <gate;"
+                     " %s %s worker start" % (queuectl.shell_quote(sys.executable),
+                                              queuectl.shell_quote(SCRIPT)), cwd=self.dir)
         first.wait()
+        wait_until(lambda: len(processes_of(self.dir)) == 1, "only the command is left")
+        self.open_gate()
         self.wait_for("failed")
         self.assertEqual(self.ok("status")["workers"], 1)
 
@@ -3951,7 +3989,7 @@ queuectl.Store.mark_stopped = locked""")
         self.check(["held"])
 
     def test_a_stopped_worker_is_given_up_in_the_end(self):
-        impatient = "queuectl.SILENT_S = queuectl.GRACE_S = queuectl.LOOK_S = 0.2"
+        impatient = "queuectl.SILENT_S = queuectl.GRACE_S = queuectl.LOOK_S = 0.1"
         daemon = self.driven(impatient, "--workers", "1")
         for orphaned in (False, True):
             with self.subTest(orphaned=orphaned):
@@ -4004,7 +4042,7 @@ queuectl.Store.mark_stopped = locked""")
         self.assertIsNone(left.poll())
 
     def test_a_command_left_by_daemon_and_worker_is_stopped_before_its_retry(self):
-        self.ok("config", "set", "delay-base", "1")
+        self.ok("config", "set", "max-delay", "1ms")
         daemon, worker = self.running()
         command = int(self.read("pid"))
         self.kill(daemon)
@@ -4026,12 +4064,12 @@ class StormTest(QueueCase):
 
     def storm(self, jobs, rounds, seed):
         chance = random.Random(seed)
-        self.ok("config", "set", "delay-base", "1")
+        self.ok("config", "set", "max-delay", "1ms")
         lines = "".join(json.dumps({"command": self.JOB % {"dir": self.dir, "ms": n % 9 + 1},
                                     "id": "job%d" % n, "max_retries": 1000}) + "\n"
                         for n in range(jobs))
         self.ok("enqueue", "-", stdin=lines)
-        daemon = self.daemon("--workers", "4")
+        daemon = self.driven(HASTE, "--workers", "4")
         for _ in range(rounds):
             before = self.read("log")
             wait_until(lambda: self.read("log") != before or not self.open_jobs(), "jobs go on")
@@ -4041,7 +4079,7 @@ class StormTest(QueueCase):
                     os.kill(chance.choice(workers), signal.SIGKILL)
             else:
                 self.kill(daemon)
-                daemon = self.daemon()
+                daemon = self.driven(HASTE)
         wait_until(lambda: not self.open_jobs(), "all is done", 60)
         self.assertEqual(self.read("overlaps"), "")
         self.assertEqual(set(self.read("log").split()), {"job%d" % n for n in range(jobs)})
@@ -4119,7 +4157,7 @@ class MonitoringTest(QueueCase):
             self.assertEqual(list(values), sorted(values), name)
 
     def test_requests_are_counted_within_a_second_though_nothing_is_stored(self):
-        self.daemon()
+        self.driven(HASTE)
         self.ok("status")
         wait_until(lambda: self.rows("SELECT SUM(total_commands) FROM metrics")[0][0] == 1,
                    "the request is counted")
@@ -4668,7 +4706,7 @@ class InstallTest(QueueCase):
             while words not in told:
                 told.append(sock.recv(4096).decode())
         self.env["NOTIFY_SOCKET"] = address
-        return self.daemon("--workers", "1"), hears
+        return self.driven(HASTE, "--workers", "1"), hears
 
     def test_the_daemon_tells_systemd_how_it_is(self):
         daemon, hears = self.manager(self.path("notify"))
