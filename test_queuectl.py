@@ -1,14 +1,17 @@
 """Tests of queuectl, cheapest first. `make test T=StoreTest` runs one class."""
 import argparse
 import ast
+import atexit
 import collections
 import contextlib
 import errno
 import fcntl
+import functools
 import inspect
 import io
 import itertools
 import json
+import marshal
 import os
 import random
 import re
@@ -1606,12 +1609,8 @@ class OperationsTest(StoreCase):
 
 FIFO_JOB = "echo started; read line < %s; echo $line"
 
-# What else is started than the script itself: queuectl after some code that changes it.
-DRIVER = """
-import os, signal, sqlite3, sys
-sys.path.insert(0, sys.argv.pop(1))
-import queuectl
-
+# For the code of `driver`.
+TOOLS = """
 def passed(path, n):
     "Kill this process at the n-th pass, counted over all processes."
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -1639,7 +1638,15 @@ def on_sql(hook):
             return hook(self, sql, lambda: sqlite3.Connection.execute(self, sql, *values))
     connect = sqlite3.connect
     sqlite3.connect = lambda *args, **named: connect(*args, factory=Connection, **named)
+"""
 
+DRIVER = """
+import marshal, os, signal, sqlite3, sys, types
+queuectl = sys.modules["queuectl"] = types.ModuleType("queuectl")
+queuectl.__file__ = sys.argv.pop(1)
+with open(sys.argv.pop(1), "rb") as file:
+    exec(marshal.load(file), vars(queuectl))
+""" + TOOLS + """
 %s
 queuectl.prepare_stdio()
 queuectl.leave(queuectl.main(sys.argv[1:]))
@@ -1647,6 +1654,21 @@ queuectl.leave(queuectl.main(sys.argv[1:]))
 
 # So that no test waits a second for a look, or for the end of a pause after trouble.
 HASTE = "queuectl.LOOK_S = 0.1\n"
+
+
+@functools.lru_cache()
+def compiled():
+    """The path of the program's code: to compile it takes most of a process's start."""
+    fd, path = tempfile.mkstemp(prefix="queuectl-test-")
+    atexit.register(os.unlink, path)
+    with open(fd, "wb") as file:
+        marshal.dump(compile(read(SCRIPT), SCRIPT, "exec"), file)
+    return path
+
+
+def driver(code):
+    """The words that call the program as its script does, once `code` has changed it."""
+    return [sys.executable, "-c", DRIVER % code, SCRIPT, compiled()]
 
 
 def processes_of(folder):
@@ -1733,8 +1755,11 @@ class QueueCase(unittest.TestCase):
     def spawn(self, *args, **options):
         """A command in a process of its own, with its stdout at hand."""
         options.setdefault("env", self.env)
-        process = subprocess.Popen([sys.executable, SCRIPT] + list(args), stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, start_new_session=True, **options)
+        with open(compiled(), "rb") as code:  # as a daemon starts itself anew
+            process = subprocess.Popen(
+                [sys.executable, "-c", queuectl.LOADER, str(code.fileno()), SCRIPT] + list(args),
+                pass_fds=[code.fileno()], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True, **options)
         self.daemons.append(process)
         return process
 
@@ -1756,8 +1781,7 @@ class QueueCase(unittest.TestCase):
 
     def driven(self, code, *args, ready=True):
         """A daemon that has run `code` before its start."""
-        return self.started([sys.executable, "-c", DRIVER % code, HERE, "daemon"] + list(args),
-                            ready)
+        return self.started(driver(code) + ["daemon"] + list(args), ready)
 
     def kill(self, process):
         process.kill()
@@ -2081,13 +2105,10 @@ class DaemonTest(QueueCase):
 
     @unittest.skipUnless(os.path.isdir("/proc/self"), "needs /proc")
     def test_it_runs_from_its_compiled_code_unless_isolated(self):
-        daemon = self.daemon()
+        daemon = self.started([sys.executable, SCRIPT, "daemon"])
         self.assertIn(b"FROM_CODE", read("/proc/%d/cmdline" % daemon.pid))
         self.kill(daemon)
-        isolated = subprocess.Popen([sys.executable, "-I", SCRIPT, "daemon"], env=self.env,
-                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.daemons.append(isolated)
-        self.assertIn(b"ready", isolated.stdout.readline())
+        isolated = self.started([sys.executable, "-I", SCRIPT, "daemon"])
         self.assertNotIn(b"FROM_CODE", read("/proc/%d/cmdline" % isolated.pid))
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc")
@@ -2145,7 +2166,8 @@ class DaemonTest(QueueCase):
         self.ok("daemon", "stop")
 
     def test_a_stop_waits_for_the_lock_whatever_proc_says_of_the_pid(self):
-        # "": no /proc; the other: in another container that number is a process that stays.
+        # "": no /proc; the other: in another container that number is a process that stays, and
+        # the clock shortens the second in which it might go.
         for started in ("", "another"):
             self.daemon("--workers", "1")
             job_id = self.enqueue(self.gate("gate" + started))
@@ -2925,7 +2947,7 @@ class ToolkitTest(QueueCase):
         for restart, trap, grace_s in ((False, "", 0.2), (True, "exit 0", 30)):
             code = "queuectl.GRACE_S = %g" % grace_s
             with self.subTest(restart=restart), mock.patch(
-                    "queuectl.call_of", return_value=["-c", DRIVER % code, HERE]):
+                    "queuectl.call_of", return_value=driver(code)[1:]):
                 daemon = self.driven(code, "--workers", "1")
                 job = self.enqueue("trap '%s' TERM; echo ready; while :; do sleep 0.1; done" % trap,
                                    timeout=0)
@@ -3392,7 +3414,8 @@ def die_later():
         queuectl.time.sleep(0.01)
     die()
 around(queuectl.Attempt, 'spawn', False, die_later)""" % closed, jobs=1, lost=1, worker=True,
-                     then="; exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; mkdir %s || exit 0; sleep 60" % closed)
+                     then="; exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&-; mkdir %s || exit 0;"
+                     " sleep 60" % closed)  # the first of all, until it is stopped
 
     def test_a_worker_dies_before_it_notes_an_outcome(self):
         self.kill_at("around(queuectl.Attempt, 'finish', True, die)", jobs=1, lost=1, worker=True)
@@ -3433,8 +3456,7 @@ around(queuectl.Attempt, 'spawn', False, die_later)""" % closed, jobs=1, lost=1,
             pid = os.fork()  # a new interpreter for each statement would take long
             if not pid:
                 try:
-                    exec(DRIVER.partition("%s")[0].replace(
-                        "sys.path.insert(0, sys.argv.pop(1))", "") + code, {})
+                    exec("import os, queuectl, signal, sqlite3\n" + TOOLS + code, {})
                 finally:
                     os._exit(1)
             status = os.waitpid(pid, 0)[1]
@@ -3843,14 +3865,14 @@ class OrphanTest(FaultCase):
 
     def test_a_second_signal_does_not_keep_a_run_from_cancelling(self):
         self.daemon("--workers", "1")
-        run = self.started([sys.executable, "-c", DRIVER % """
+        run = self.started(driver("""
 call = queuectl.Queue.call
 def called(queue, command, *args, **named):
     if command == "cancel":
         os.kill(os.getpid(), signal.SIGTERM)
     return call(queue, command, *args, **named)
-queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
-                            "echo started; sleep 60"], ready=False)
+queuectl.Queue.call = called""") + ["run", "--timeout", "60s", "--", "echo started; sleep 60"],
+                           ready=False)
         self.assertEqual(run.stdout.readline(), b"started\n")
         run.terminate()
         self.assertEqual(run.wait(30), 143)
@@ -3858,11 +3880,12 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
 
     def test_a_second_signal_ends_a_run_though_its_daemon_hangs(self):
         daemon = self.daemon("--workers", "1")
-        run = self.started([sys.executable, "-c", DRIVER % "queuectl.TWICE_S = 0.1", HERE, "run",
-                            "--", "echo started; sleep 60"], ready=False)
+        run = self.started(driver("queuectl.TWICE_S = 0.1") + [
+            "run", "--", "echo started; sleep 60"], ready=False)
         self.assertEqual(run.stdout.readline(), b"started\n")
         daemon.send_signal(signal.SIGSTOP)
-        wait_until(lambda: run.terminate() or run.poll() is not None, "it has ended", 20, every_s=0.2)
+        wait_until(lambda: run.terminate() or run.poll() is not None, "it has ended", 20,
+                   every_s=0.2)
         self.assertEqual(run.returncode, 143)
 
     @unittest.skipUnless(shutil.which("unshare"), "needs unshare")
@@ -3870,8 +3893,7 @@ queuectl.Queue.call = called""", HERE, "run", "--timeout", "60s", "--",
         container = ["unshare", "--pid", "--fork", "--mount-proc"]
         if subprocess.call(container + ["true"], stderr=subprocess.DEVNULL):
             self.skipTest("needs the right to make a container")
-        daemon = self.started(container + [sys.executable, "-c", DRIVER % HASTE, HERE, "daemon",
-                                           "--workers", "1"])
+        daemon = self.started(container + driver(HASTE) + ["daemon", "--workers", "1"])
         self.enqueue("sleep 0.1 & sleep 0.1 & true", id="leaves")
         self.wait_for("completed")
         first, = [pid for pid in processes_of(self.dir) if parent(pid) == daemon.pid]
