@@ -65,14 +65,15 @@ def setUpModule():
 
 def wait_until(predicate, what, seconds=30, every_s=0.01):
     """What `predicate()` returns once it is true; the only sleep of the tests."""
-    deadline = time.monotonic() + seconds
+    deadline, pause_s = time.monotonic() + seconds, every_s / 8
     while True:
         value = predicate()
         if value:
             return value
         if time.monotonic() > deadline:
             raise AssertionError("waited %d s in vain: %s" % (seconds, what))
-        time.sleep(every_s)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 2, every_s)
 
 
 def read(path):
