@@ -133,8 +133,8 @@ DEFAULT_SOCKET = "/tmp/queuectl.sock"
 CODE = sys._getframe().f_code   # this file, compiled; see shed_syntax_tree
 
 # ---- Time, ids and text -------------------------------------------------------------------------
-# The only place that reads a clock, for processes and sockets. Whatever decides or stores takes the
-# time as `now`: milliseconds since 1970, UTC.
+# The only place that reads a clock; what handles processes and sockets asks it here. Whatever
+# decides or stores takes the time as `now`: milliseconds since 1970, UTC.
 
 UNITS_MS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000, "d": 86400000}
 DATE = (r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
@@ -473,7 +473,8 @@ def read_at(path, start, size):
 
 @contextmanager
 def passing_over():
-    """What can't be read is left out. But for want of descriptors: then nothing is known of it."""
+    """What can't be read in the block is left out; but a lack of descriptors says nothing about
+    the file, and is raised."""
     try:
         yield
     except OSError as error:
@@ -1024,6 +1025,7 @@ MIGRATIONS = (
         BEGIN
             UPDATE jobs SET ready = NULL, due = 0 WHERE rowid = NEW.rowid;
         END"""),
+    # ms when it was cancelled; negative: stopped, to be given back; 0: neither.
     ("ALTER TABLE running ADD COLUMN cancelled INTEGER NOT NULL DEFAULT 0",),
 )
 
@@ -1417,8 +1419,8 @@ class Store:
         self.write("UPDATE totals SET serial = MAX(serial, ?)", (serial,))
 
     def finish(self, claim, verdict, outcome, output, worker, now):
-        """processing -> completed, failed or dead; no more than the end of the attempt (and False)
-        if another program deleted the job."""
+        """processing -> completed, failed or dead. False, and only the attempt's end is stored, if
+        another program deleted the job."""
         self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
         status, ended = outcome.status, iso(outcome.ended_at or now)
         code = status if status is not None and status >= 0 and not outcome.reason else None
@@ -1845,7 +1847,7 @@ def settle(record, worker_locked, run_locked, leader_lives, same_boot):
     """
     if not same_boot:
         return "lost"
-    if record.get("phase") == "ended":
+    if record.get("phase") == "ended":  # said once and for all, by a living worker too
         return "take"
     if worker_locked:
         return "leave"
@@ -2233,8 +2235,9 @@ class Loop:
 class Channel:
     """A socket in the loop with a buffer each way.
 
-    `on_input(channel)` is called when bytes were added to `inbox`, `on_end(channel)` when the
-    other side has stopped sending; `pages`, an iterator of bytes, is sent piece by piece.
+    `on_input(channel)` is called when bytes were added to `inbox`, and when all was sent: the next
+    request may wait there. `on_end(channel)`: when the other side has stopped sending. `pages`, an
+    iterator of bytes, is sent piece by piece.
     """
 
     def __init__(self, sock, loop, on_input, on_end):
@@ -2582,7 +2585,7 @@ def worker_main(sock, slot_fd, spool, open_files):
 # worker: pid or None; output: the tail that is kept
 Result = collections.namedtuple("Result", "claim outcome output worker")
 
-# How an attempt ended of which `settle` says that its worker has not noted it.
+# The end of an attempt whose worker noted none, by what `settle` says of it.
 UNNOTED = {"give back": {"reason": "unstarted", "detail": "its worker ended before it began"},
            "lost": {"reason": "worker lost"}}
 
@@ -2997,7 +3000,7 @@ def check_state(state, states, ids):
 def selected(context, states, ids, state, after, upto=None):
     """([Job], what the answer tells of the page) of the jobs that a request means: those named,
     each of which must be in one of `states`, or a page of those in `state` beyond `after`, none of
-    them later than `upto`: an operation may itself enqueue."""
+    them later than `upto`: so it never meets what it has itself enqueued (on-dead)."""
     if state is not None:
         check_state(state, states, ids)
         upto = context.store.last_row() if upto is None else upto
