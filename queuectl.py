@@ -1963,9 +1963,12 @@ class PosixSpawn:
         os.chdir(cwd)
         actions = self.actions(output)
         try:
-            place = next((one for one in places if os.access(one, os.X_OK)), places[0])
-            self.check(self.libc.posix_spawn(self.ctypes.byref(pid), place, actions,
-                                             self.attributes, words, environ), argv[0])
+            for place in [one for one in places if os.access(one, os.X_OK)] or places:
+                error = self.libc.posix_spawn(self.ctypes.byref(pid), place, actions,
+                                              self.attributes, words, environ)
+                if not error:  # else it may be a directory, or lack its interpreter
+                    break
+            self.check(error, argv[0])
         finally:
             os.chdir("/")  # keeps no file system busy
             self.libc.posix_spawn_file_actions_destroy(actions)

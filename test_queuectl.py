@@ -1328,6 +1328,11 @@ class PosixSpawnTest(AttemptTest):
         path = {"PATH": "/none:%s:/bin" % folder}
         self.assertEqual(self.finish(self.start("echo a", shell=["there", "-c"], env=path)),
                          (0, "", b"a\n"))
+        other = self.base + "/other"  # it goes on to the next where what is there can't be run
+        os.makedirs(other + "/there")
+        path["PATH"] = "%s:%s" % (other, path["PATH"])
+        self.assertEqual(self.finish(self.start("echo a", shell=["there", "-c"], env=path)),
+                         (0, "", b"a\n"))
         for shell in ("there", "here"):  # not in our PATH, nor in the job's directory
             with self.subTest(shell=shell):
                 self.start("true", shell=[shell, "-c"], env={} if shell == "there" else path)
