@@ -4072,14 +4072,16 @@ class Daemon:
 
     def reopen_socket(self):
         """Someone removed our socket: listen anew, as at the start."""
-        old = self.server
+        old, place = self.server, (self.sock, self.sock_given)
         try:
             self.listen()
             self.log("its socket was gone: listens at %s" % self.sock)
         except (OSError, Failure) as error:
             self.log("can't listen again at %s: %s" % (
                 self.sock, getattr(error, "strerror", None) or error), every_s=60)
-        if self.server is not old:  # else the next look tries again
+        if self.server is old:  # the next look tries all anew: whoever is there may have gone
+            self.sock, self.sock_given = place
+        else:
             self.loop.remove(old.socket)
             old.server_close()
 

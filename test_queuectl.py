@@ -3579,6 +3579,18 @@ queuectl.make_server = scarce""" % path)
             wait_until(lambda: os.path.exists(self.db + ".sock"), "it listens elsewhere")
             self.assertEqual(self.ok("daemon", "status")["socket"], self.db + ".sock")
 
+    def test_a_daemon_that_can_not_move_comes_back_once_its_place_is_free(self):
+        path = self.open_folder("tmp") + "/s"
+        del self.env["SOCKET_PATH"]
+        os.mkdir(self.db + ".sock")
+        self.driven(HASTE + "queuectl.DEFAULT_SOCKET = %r" % path)
+        with mock.patch("queuectl.DEFAULT_SOCKET", path):
+            as_nobody("os.unlink(sys.argv[1]); s.bind(sys.argv[1])", path)
+            wait_until(lambda: "can't listen" in self.read("q.db.log"), "it can't move")
+            os.unlink(path)
+            wait_until(lambda: os.path.exists(path), "it is back")
+            self.assertEqual(self.ok("daemon", "status")["socket"], path)
+
     def test_a_link_that_another_user_planted_leads_to_no_database(self):
         shared, target = self.open_folder("tmp"), self.path("target")
         os.chmod(shared, 0o1777)
