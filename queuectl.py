@@ -1490,12 +1490,13 @@ class Store:
 
     def requeue(self, job, now):
         """dead -> pending, with its attempts back at 0 and, where it brought none of its own,
-        the present settings."""
+        the present settings. An attempt that is still open, where another program set the state,
+        is no longer its own: it waits for the end of that, and then has one of its own."""
         stamp = iso(now)
         self.write("""UPDATE jobs
                       SET state = 'pending', attempts = 0, ready = 1, due = NULL, run_after = ?,
                           updated_at = ?, finished_at = NULL, exit_code = NULL, error = NULL,
-                          timeout = ?, max_retries = ?
+                          timeout = ?, max_retries = ?, serial = NULL
                       WHERE id = ? AND state = 'dead'""", (
             stamp, stamp, job.timeout if job.own & OWN_TIMEOUT else self.settings["timeout"],
             job.max_retries if job.own & OWN_RETRIES else self.settings["max-retries"], job.id))

@@ -857,6 +857,17 @@ class StoreTest(StoreCase):
         self.adopt()
         self.assertEqual([claim.command for claim in self.claim()], ["new"])
 
+    def test_a_running_job_called_dead_by_hand_and_retried_runs_once_more(self):
+        self.add("a", max_retries=1)
+        claim, = self.claim()
+        self.sql("UPDATE jobs SET state = 'dead' WHERE id = 'a'")
+        with self.store.transaction():
+            self.store.requeue(self.store.job("a"), NOW)
+        self.assertEqual(self.claim(), [])
+        self.end(claim, 1)
+        self.assertEqual(self.shown("a", "state", "attempts"), ("pending", 0))
+        self.assertEqual([claim.attempts for claim in self.claim()], [0])
+
     def test_a_cancel_undoes_no_end_that_came_before_but_a_retry(self):
         for ended, status, state, error in ((NOW - 1, 0, "completed", None),
                                             (NOW + 1, 0, "dead", "cancelled"),
