@@ -1103,9 +1103,9 @@ class Store:
                 if self.value("PRAGMA journal_mode = WAL") != "wal":
                     raise StorageError("%s can't use WAL; check its file system" % self.path)
             self.query("PRAGMA journal_size_limit = 8388608")
-            self.query("PRAGMA temp_store = MEMORY")  # what a savepoint may undo: no file for that
             for number in range(version, len(MIGRATIONS)):
-                self.migrate(number)
+                self.migrate(number)  # sorts in files: there may be millions of jobs
+            self.query("PRAGMA temp_store = MEMORY")  # what a savepoint may undo: no file for that
             self.known = self.meta("identity")
             self.read_settings()
         except BaseException as error:

@@ -553,6 +553,17 @@ class SchemaTest(Case):
         self.assertEqual(words - set(queuectl.STATES), set())
         self.assertGreaterEqual(words, {"pending", "processing", "completed", "failed", "dead"})
 
+    def test_a_migration_sorts_in_files_what_comes_later_in_memory(self):
+        migrate, seen = queuectl.Store.migrate, []
+
+        def noted(store, number):
+            seen.append(store.value("PRAGMA temp_store"))
+            migrate(store, number)
+        with mock.patch("queuectl.Store.migrate", noted):
+            store = self.open_store(self.path)
+        self.assertEqual(seen, [0] * len(queuectl.MIGRATIONS))
+        self.assertEqual(store.value("PRAGMA temp_store"), 2)
+
     def test_a_newer_database_is_refused_untouched(self):
         self.make(ORIGINAL + "PRAGMA user_version = 99;")
         before = read(self.path)
