@@ -1826,16 +1826,6 @@ class Spool:
         """The attempts that have a run file."""
         return [int(name) for name in os.listdir(self.path) if name.isdigit()]
 
-    def last_serial(self):
-        """The highest number that a run file or a worker's record bears."""
-        found = [0] + self.serials()
-        for name in os.listdir(self.path):
-            with suppress(OSError, TypeError, ValueError):
-                if name.startswith("w."):
-                    record = unpad(read_at(os.path.join(self.path, name), 0, RECORD_BYTES)[0])
-                    found.append(int(record.get("serial")))
-        return max(found)
-
 
 def settle(record, worker_locked, run_locked, leader_lives, same_boot):
     """What to do about an open attempt: "leave", "take", "give back", "stop" or "lost".
@@ -2712,6 +2702,7 @@ class Pool:
             slot, slot_fd = self.take_slot()
             # Ours of the slot is closed, the lock lives on in the worker's copy.
             with open(slot_fd, "rb"), ExitStack() as made:
+                os.ftruncate(slot_fd, 0)  # an old record may bear a number that is given again
                 # Opened apart: it shares no lock.
                 file = made.enter_context(open(self.spool.worker_file(slot), "rb", buffering=0))
                 ours, theirs = map(made.enter_context, socket.socketpair())
@@ -3878,10 +3869,10 @@ class Daemon:
 
     def begin(self):
         """Note the start, and set right what changed since the last one. No attempt gets a number
-        that a file bears."""
+        that a run file bears."""
         store, now = self.store, now_ms()
         with store.transaction():
-            store.raise_serial(self.spool.last_serial())
+            store.raise_serial(max(self.spool.serials(), default=0))
             store.recount()
             store.disown_stranded()
             store.pull_in(now)

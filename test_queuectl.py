@@ -1088,16 +1088,6 @@ class LeaderTest(Case):
             with mock.patch("queuectl.leader", side_effect=AssertionError):
                 self.assertEqual(queuectl.examine(claim, spool)[0], "leave")
 
-    def test_numbers_are_above_those_of_every_file(self):
-        spool = queuectl.Spool(self.folder() + "/q")
-        os.mkdir(spool.path)
-        self.assertEqual(spool.last_serial(), 0)
-        for name, text in (("7", b""), ("w.1", queuectl.pad({"serial": 41}, 4096)), ("w.2", b"x"),
-                           ("w.3", queuectl.pad({"serial": None}, 4096))):
-            with open(os.path.join(spool.path, name), "wb") as file:
-                file.write(text)
-        self.assertEqual(spool.last_serial(), 41)
-
 
 class SpoolTest(Case):
     def test_without_descriptors_nothing_is_known_of_an_attempt(self):
@@ -4075,6 +4065,21 @@ around(queuectl.Attempt, 'spawn', False, die)""" % self.path("closed"), "--worke
         self.assertEqual(self.prints("run", "--quiet", "--id=-x", "--", "true"), "")
         self.assertEqual(self.job("-x")["state"], "completed")
         self.assertEqual(self.job("held")["state"], "processing")
+
+    def test_numbers_are_above_those_of_run_files_and_no_worker_begins_with_a_record(self):
+        os.mkdir(self.path("q.db-run"), 0o700)
+        for name, text in (("41", b"old"), ("w.1", queuectl.pad({
+                "serial": 42, "phase": "ended", "reason": "", "status": 0, "dropped": 0}, 4096))):
+            with open(self.path("q.db-run/" + name), "wb") as file:
+                file.write(text)
+        worker, = self.workers_of(self.daemon("--workers", "1"))
+        os.kill(worker, signal.SIGSTOP)
+        self.enqueue("echo run >>%s" % self.path("log"), id="a")
+        wait_until(lambda: self.rows("SELECT serial, slot FROM running") == [(42, 1)], "a claim")
+        os.kill(worker, signal.SIGKILL)
+        self.wait_for("completed")
+        self.assertEqual(self.read("log"), "run\n")
+        self.assertEqual(self.rows("SELECT serial, number FROM attempts"), [(43, 1)])
 
     def test_what_a_database_put_back_does_not_know_is_stopped(self):
         self.daemon("--workers", "1")
