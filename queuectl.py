@@ -2025,16 +2025,18 @@ class Attempt:
     """One run of one command, on its worker's side.
 
     `order` is what the daemon sent: serial, id, attempt, command, shell, cwd, env, timeout (ms) and
-    limit (bytes of output kept). `write(**record)` writes the worker's record.
+    limit (bytes of output kept). `write(**record)` writes the worker's record, `poll` is what the
+    worker waits with.
     """
 
-    def __init__(self, order, run_file, write):
+    def __init__(self, order, run_file, write, poll):
         self.order = order
         self.path = run_file
         self.write = write
+        self.poll = poll
         self.record = {"serial": order["serial"]}  # what is noted of it so far
         self.process = None
-        self.output = None      # where the command's stdout and stderr come in
+        self.output = None      # where the command's stdout and stderr come in: polled
         self.file = None        # the run file, locked
         self.size = 0           # bytes in it
         self.dropped = 0        # bytes no longer in it
@@ -2081,6 +2083,7 @@ class Attempt:
         order = self.order
         self.output, theirs = os.pipe()
         os.set_blocking(self.output, False)  # a command may read from there what we were told of
+        self.poll.register(self.output, select.POLLIN)
         argv = [word.encode() for word in order["shell"]] + [order["command"].encode()]
         try:
             self.process = spawn(argv, cwd=os.fsencode(os_path(order["cwd"])), output=theirs,
@@ -2129,6 +2132,7 @@ class Attempt:
 
     def close_output(self):
         if self.output is not None:
+            self.poll.unregister(self.output)  # closed it would be "ready" for ever
             os.close(self.output)
             self.output = None
 
@@ -2137,26 +2141,19 @@ class Attempt:
         if self.status is None and not self.over:
             self.stop(reason, now)
 
-    def on_child(self, now):
-        """Look whether the leader has ended."""
-        if self.status is not None:
-            return
-        self.status = exit_status(self.process)
-        if self.status is None:
-            return
-        self.drain()
-        if self.status == 0 and not self.reason:
-            self.finish("")
-        else:
-            self.close_file()  # so that the lock tells of others alone
-            self.sweep(now)
-
-    def on_deadline(self, now):
-        self.on_child(now)  # it may have ended in time, and all of us have stood still since
-        if self.over:
+    def look(self, now):
+        """Has the leader ended, or has the time come for the next step?"""
+        if self.status is None and not self.over:
+            self.status = exit_status(self.process)
+            if self.status is not None:
+                self.drain()
+                self.deadline = now
+        if self.deadline is None or now < self.deadline:
             return
         if self.status is None:
             self.stop("timeout", now)
+        elif self.status == 0 and not self.reason:
+            self.finish("")
         else:
             self.sweep(now)
 
@@ -2170,6 +2167,7 @@ class Attempt:
 
     def sweep(self, now):
         """After a failure nothing of it may be left: there will be a next attempt."""
+        self.close_file()  # so that the lock tells of others alone
         if not is_locked(self.path):
             signal_command(self.process.pid, self.path, signal.SIGKILL)  # who closed the lock
             self.finish(self.reason)
@@ -2438,7 +2436,6 @@ class Worker:
         self.spool = spool
         self.inbox = b""         # the beginning of a line
         self.attempt = None
-        self.hearing = None      # the output that is polled
         self.leaving = False     # the daemon wants no more of it, or is gone
         own_environment()
         self.wake, wake_fd = os.pipe()
@@ -2457,38 +2454,21 @@ class Worker:
     def step(self):
         """Wait for whatever comes first, and pass it on."""
         ready = [fd for fd, _ in self.poll.poll(self.timeout_ms())]
-        attempt = self.attempt
-        if self.hearing in ready:
-            attempt.on_output()
         if self.wake in ready:
-            with suppress(BlockingIOError):
-                os.read(self.wake, 512)
-            if attempt:
-                attempt.on_child(monotonic())
+            os.read(self.wake, 512)
+        if self.attempt and self.attempt.output in ready:
+            self.attempt.on_output()
         if self.sock.fileno() in ready:
             self.on_daemon()
-        attempt, now = self.attempt, monotonic()
-        if attempt and attempt.deadline is not None and now >= attempt.deadline:
-            attempt.on_deadline(now)
-        if attempt and attempt.over:
-            self.attempt = None
-        self.hear()
+        if self.attempt:
+            self.attempt.look(monotonic())
+            if self.attempt.over:
+                self.attempt = None
 
     def timeout_ms(self):
         if self.attempt is None or self.attempt.deadline is None:
             return None
         return max(int((self.attempt.deadline - monotonic()) * 1000) + 1, 0)
-
-    def hear(self):
-        """Poll the output of the present attempt: a closed descriptor left in the set would be
-        "ready" for ever."""
-        wanted = self.attempt.output if self.attempt else None
-        if wanted != self.hearing:
-            if self.hearing is not None:
-                self.poll.unregister(self.hearing)
-            if wanted is not None:
-                self.poll.register(wanted, select.POLLIN)
-            self.hearing = wanted
 
     def on_daemon(self):
         """Orders, stops, or the end of the connection."""
@@ -2509,7 +2489,8 @@ class Worker:
         if "leave" in message:
             self.leaving = True
         elif "stop" not in message:
-            self.attempt = Attempt(message, self.spool.run_file(message["serial"]), self.write)
+            self.attempt = Attempt(message, self.spool.run_file(message["serial"]), self.write,
+                                   self.poll)
             self.attempt.start(monotonic())
         elif self.attempt and self.attempt.order["serial"] == message["stop"]:
             self.attempt.on_message(message["reason"], monotonic())

@@ -1121,7 +1121,7 @@ class AttemptTest(Case):
                       "shell": ["/bin/sh", "-c"], "timeout": 0, "cwd": self.base, "env": {},
                       "limit": 1000}, **order)
         run = queuectl.Attempt(order, "%s/%d" % (self.base, order["serial"]),
-                               lambda **note: self.notes.append(note))
+                               lambda **note: self.notes.append(note), select.poll())
         run.start(0.0)
         if run.process:
             self.addCleanup(self.kill_group, run.process.pid)
@@ -1140,9 +1140,7 @@ class AttemptTest(Case):
             while run.output is not None and select.select([run.output], [], [], 0.005)[0]:
                 run.on_output()
                 self.assertLessEqual(run.size, run.bound)
-            run.on_child(moment)
-            if run.deadline is not None and moment >= run.deadline:
-                run.on_deadline(moment)
+            run.look(moment)
             return run.over
         wait_until(step, "the attempt is over")
         last = self.notes[-1]
@@ -1207,8 +1205,8 @@ class AttemptTest(Case):
                          timeout=60000)
         pids = [self.pid_in(name) for name in "ab"]
         self.assertEqual(run.deadline, 60.0)
-        run.on_deadline(60.0)
-        run.on_child(60.0)
+        run.look(60.0)
+        run.look(60.0)
         self.assertEqual((run.over, run.deadline), (False, 60.0 + queuectl.GRACE_S))
         self.assertEqual(self.finish(run, run.deadline), (-9, "timeout", b""))
         for pid in pids:
@@ -1259,7 +1257,7 @@ class AttemptTest(Case):
     def test_who_ended_in_time_is_not_timed_out_by_a_late_look(self):
         run = self.start("true", timeout=1000)
         wait_until(lambda: not queuectl.process_start(run.process.pid), "it has ended")
-        run.on_deadline(100.0)
+        run.look(100.0)
         last = self.notes[-1]
         self.assertEqual((run.over, last["status"], last["reason"]), (True, 0, ""))
 
