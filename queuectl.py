@@ -3770,7 +3770,6 @@ class Daemon:
         self.retry_at = 0.0        # monotonic: after trouble with the storage; 0: none
         self.pause_s = BUSY_S
         self.paused = False        # nothing new is started
-        self.died = 0              # jobs, since the start
         self.yielded = False       # to a daemon that is to stay
         self.done = False          # a temporary one has worked all it was to
         self.stopping = False
@@ -4127,7 +4126,6 @@ class Daemon:
         for result, verdict, _ in done:  # while the workers go on
             self.spool.discard(result.claim.serial)
             if verdict.state == "dead":
-                self.died += 1
                 self.log("job dead: %s, %s" % (result.claim.job, verdict.error))
             elif result.outcome.reason == "unstarted":
                 self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
@@ -5685,14 +5683,13 @@ def cmd_run(queue, args):
 
 
 def outlast(queue):
-    """Watch, as a client of the daemon that took over a drain: (jobs that died, whether all is
-    done); not all is when that daemon is gone too, or has not come for some seconds."""
-    wait, before, served_at = Wait(), None, monotonic()
+    """Watch, as a client of the daemon that took over a drain; whether all is done: not so when
+    that daemon is gone too, or has not come for some seconds."""
+    wait, served_at = Wait(), monotonic()
     for told in statuses(queue):
-        before = told["totals"]["dead"] if before is None else before
         served_at = monotonic() if told["served"] else served_at
         if not told["unsettled"] or monotonic() > served_at + 3:
-            return told["totals"]["dead"] - before, not told["unsettled"]
+            return not told["unsettled"]
         wait(told["hindrance"])
 
 
@@ -5704,20 +5701,21 @@ def cmd_drain(queue, args):
     drain --count 4"""
     make_default_folder(queue.place)
     queue.note = silent
-    if "paused" in queue.call("status")["message"]:
+    before = next(statuses(queue))
+    if "paused" in before:
         raise Failure("the queue is paused; go on with: resume")
-    died, done = 0, False
+    done = False
     while not done:
         daemon = Daemon(queue.place, kind="drain", workers=args.count)
         daemon.run(silent)
-        died, done = died + daemon.died, daemon.done
+        done = daemon.done
         if not done:
             if not daemon.yielded:
                 raise Failure("stopped before the queue was drained; the rest is kept")
             tell("another daemon took over; waiting for it")
             with watching():
-                more, done = outlast(queue)
-            died += more
+                done = outlast(queue)
+    died = next(statuses(queue))["totals"]["dead"] - before["totals"]["dead"]
     if died:
         raise Failure("%s died; see: dlq list" % plural(died, "job"))
     print_compact(reply("Queue drained"))
