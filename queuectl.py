@@ -13,8 +13,8 @@
  |             +------------------>|                     ^                         |
  +------+------+ the Unix socket   |     Retry policy -> Loop <- Pool              |
         | no daemon: the same      +------------------------+-------^--------------+
-        | Operations, in process,                 order,    |       | doorbell byte,
-        v under the same lock                     a socket  |       | worker file
+        | Operations, in process,                 order,    |       | outcome, noted
+        v under the same lock                     a socket  |       | in its file too
      SQLite                                          +------v-------+---+
                                                      | worker 1 ... N   +-> /bin/sh -c COMMAND
                                                      +------------------+   own session; output
@@ -1788,13 +1788,11 @@ class Spool:
     def run_file(self, serial):
         return "%s/%d" % (self.path, serial)
 
-    def record(self, claim, file=None):
-        """What the worker noted about this very attempt, {} if nothing. `file`: its file, where
-        that is open."""
+    def record(self, claim):
+        """What the worker noted about this very attempt, {} if nothing."""
         record = {}
         with passing_over():
-            record = unpad(os.pread(file.fileno(), RECORD_BYTES, 0) if file else
-                           read_at(self.worker_file(claim.slot), 0, RECORD_BYTES)[0])
+            record = unpad(read_at(self.worker_file(claim.slot), 0, RECORD_BYTES)[0])
         return record if record.get("serial") == claim.serial else {}
 
     def tail(self, serial, limit):
@@ -2417,8 +2415,8 @@ def ask(path, request, patience=ANSWER_S):
 
 # ---- Worker -------------------------------------------------------------------------------------
 # The child's side: runs in a process of its own, forked by the daemon, and owns no data. Orders
-# come down its socket, a doorbell byte goes up, all else stands in its file. Without the daemon
-# it finishes its job, notes the outcome and leaves.
+# come down its socket, outcomes go up; first it notes in its file what it runs and how that ended,
+# for whoever comes after the daemon. Without one it finishes its job and leaves.
 
 def own_environment():
     """Take out of the environment what the daemon's service manager meant for it alone."""
@@ -2496,11 +2494,11 @@ class Worker:
             self.attempt.on_message(message["reason"], monotonic())
 
     def write(self, **record):
-        """Write the record, and ring once it stands for good."""
+        """Write the record, and tell the daemon once it stands for good."""
         os.pwrite(self.slot_fd, pad(record, RECORD_BYTES), 0)
         if record["phase"] == "ended":
-            with suppress(OSError):  # no daemon: the next one reads the record
-                self.sock.send(b".")
+            with suppress(OSError):  # no daemon: the next one reads the file
+                self.sock.send(encode(record))
 
 
 def close_other_descriptors(keep):
@@ -2568,10 +2566,9 @@ UNNOTED = {"give back": {"reason": "unstarted", "detail": "its worker ended befo
 class Hand:
     """A worker as its daemon sees it."""
 
-    def __init__(self, slot, process, file):
+    def __init__(self, slot, process):
         self.slot = slot
         self.process = process
-        self.file = file        # its file: a cleaner of old files may remove the name
         self.channel = None
         self.claim = None       # what it runs
         self.since = monotonic()  # of that, or of its leisure
@@ -2645,7 +2642,7 @@ class Pool:
         posix_spawn()           # made once, for all workers
         self.hands = {}         # slot -> Hand
         self.idle = {}          # slot -> Hand without a job, not leaving
-        self.rung = {}          # slot -> Hand whose doorbell rang
+        self.ended = {}         # slot -> what its worker told of the end of its job
         self.orphans = {}       # serial -> Orphan
         self.uneven = True      # the number of workers may differ from the wanted one
         self.hold_until = 0.0   # monotonic: nothing is started before
@@ -2684,8 +2681,6 @@ class Pool:
             # Ours of the slot is closed, the lock lives on in the worker's copy.
             with open(slot_fd, "rb"), ExitStack() as made:
                 os.ftruncate(slot_fd, 0)  # an old record may bear a number that is given again
-                # Opened apart: it shares no lock.
-                file = made.enter_context(open(self.spool.worker_file(slot), "rb", buffering=0))
                 ours, theirs = map(made.enter_context, socket.socketpair())
                 with undone(4):  # multiprocessing keeps two pipes if it can't fork
                     process = self.context.Process(
@@ -2697,8 +2692,8 @@ class Pool:
             self.log("can't start a worker: %s" % error)
             self.hold_until = now + LOOK_S
             return False
-        hand = self.hands[slot] = self.idle[slot] = Hand(slot, process, file)
-        hand.channel = Channel(ours, self.loop, functools.partial(self.on_bell, hand),
+        hand = self.hands[slot] = self.idle[slot] = Hand(slot, process)
+        hand.channel = Channel(ours, self.loop, functools.partial(self.on_record, hand),
                                functools.partial(self.on_death, hand))
         return True
 
@@ -2728,8 +2723,7 @@ class Pool:
         """Forget it; its end of the socket closes, so it leaves if it lives."""
         hand.channel.close()
         hand.channel = None  # it knows the hand: neither would go, nor the descriptors of both
-        hand.file.close()
-        for group in (self.hands, self.idle, self.rung):
+        for group in (self.hands, self.idle, self.ended):
             group.pop(hand.slot, None)
         self.uneven = True
 
@@ -2745,10 +2739,11 @@ class Pool:
         hand.claim, hand.since = claim, monotonic()
         hand.channel.send(order)
 
-    def on_bell(self, hand, channel):
-        if channel.inbox and hand.claim:
-            self.rung[hand.slot] = hand
-        channel.inbox.clear()
+    def on_record(self, hand, channel):
+        record = unpad(channel.inbox)
+        if hand.claim and record.get("serial") == hand.claim.serial:
+            self.ended[hand.slot] = record
+            channel.inbox.clear()
 
     def on_death(self, hand, _channel):
         if hand.claim:
@@ -2766,7 +2761,7 @@ class Pool:
         """A worker that is silent long after its job's end is no use: let the job be settled. Not
         at the first look: all of us may have been stopped, and have just gone on."""
         for hand in list(self.hands.values()):
-            if not hand.claim or hand.slot in self.rung or not is_overdue(
+            if not hand.claim or hand.slot in self.ended or not is_overdue(
                     hand.claim, hand.since, now):
                 hand.overdue = False
             elif not hand.overdue:
@@ -2803,11 +2798,10 @@ class Pool:
         """Results of ended attempts, with at most `limit` bytes of output. Those that aren't
         closed come again."""
         found = []
-        for hand in self.rung.values():
-            record = self.spool.record(hand.claim, hand.file)
-            if record.get("phase") == "ended":
-                found.append(result_of(hand.claim, "take", record, self.spool, limit,
-                                       hand.process.pid))
+        for slot, record in self.ended.items():
+            hand = self.hands[slot]
+            found.append(result_of(hand.claim, "take", record, self.spool, limit,
+                                   hand.process.pid))
         if self.orphans and now >= self.look_at:
             found += self.orphan_results(limit, now)
         return found
@@ -2848,7 +2842,8 @@ class Pool:
         if self.orphans.pop(claim.serial, None):
             self.uneven = True
             return
-        hand = self.rung.pop(claim.slot)
+        del self.ended[claim.slot]
+        hand = self.hands[claim.slot]
         hand.claim, hand.since = None, monotonic()
         if hand.leaving:
             self.drop(hand)
@@ -3911,7 +3906,7 @@ class Daemon:
             return True
         if self.kind == "daemon" and self.pool.attended():
             return False
-        noted = self.pool.rung if self.retry_at else ()  # these wait for the next daemon as well
+        noted = self.pool.ended if self.retry_at else ()  # these wait for the next daemon as well
         return set(self.pool.hands) <= set(noted)
 
     def stop(self, grace=None):
