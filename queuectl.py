@@ -5344,21 +5344,16 @@ def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many.
 
     worker start --count 3"""
-    for last in (False, True):
+    def start():
         try:
-            print_compact(queue.call("worker", "start", count=args.count))
-            return
+            return queue.call("worker", "start", count=args.count)
         except Failure as error:
             if "no_daemon" not in error.details:
                 raise
         make_default_folder(queue.place)
-        try:
-            tell(start_in_background(queue.place, "--workers", str(args.count)))
-            print_compact(reply("Started %s" % plural(args.count, "worker")))
-            return
-        except Served:
-            if last:
-                raise
+        tell(start_in_background(queue.place, "--workers", str(args.count)))
+        return reply("Started %s" % plural(args.count, "worker"))
+    print_compact(patiently(start, Served))
 
 
 @subcommand("worker stop", count_arg("--count", "so many (default: all)"),
