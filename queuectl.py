@@ -2629,7 +2629,7 @@ def undone(count):
 
 
 class Pool:
-    """The workers. `log(text)` takes what an operator should know."""
+    """The workers. `log(text, every_s)` takes what an operator should know."""
 
     def __init__(self, spool, loop, log, open_files):
         import multiprocessing
@@ -2689,7 +2689,7 @@ class Pool:
                 made.pop_all()
                 theirs.close()
         except (OSError, Failure) as error:
-            self.log("can't start a worker: %s" % error)
+            self.log("can't start a worker: %s" % error, every_s=60)
             self.hold_until = now + LOOK_S
             return False
         hand = self.hands[slot] = self.idle[slot] = Hand(slot, process)

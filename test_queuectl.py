@@ -2146,7 +2146,7 @@ class DaemonTest(QueueCase):
         loop = queuectl.Loop()
         self.addCleanup(loop.selector.close)
         told = []
-        pool = queuectl.Pool(spool, loop, told.append, 1024)
+        pool = queuectl.Pool(spool, loop, lambda text, every_s: told.append(text), 1024)
         before = os.listdir("/proc/self/fd")
         with mock.patch("os.fork", side_effect=BlockingIOError):
             self.assertFalse(pool.start_worker(0) or pool.start_worker(0))
