@@ -1936,10 +1936,10 @@ class PosixSpawn:
     def actions(self, output):
         """What the child does to its descriptors."""
         actions = self.ctypes.create_string_buffer(self.ROOM)
-        self.libc.posix_spawn_file_actions_init(actions)
-        self.libc.posix_spawn_file_actions_addopen(actions, 0, b"/dev/null", os.O_RDONLY, 0)
-        for fd in (1, 2):
-            self.libc.posix_spawn_file_actions_adddup2(actions, output, fd)
+        for name, *values in (("init",), ("addopen", 0, b"/dev/null", os.O_RDONLY, 0),
+                              ("adddup2", output, 1), ("adddup2", output, 2)):
+            add = getattr(self.libc, "posix_spawn_file_actions_" + name)
+            self.check(add(actions, *values))
         return actions
 
     def __call__(self, argv, *, cwd, env, output, kept):
@@ -1949,9 +1949,9 @@ class PosixSpawn:
         environ = (self.ctypes.c_void_p.in_dll(self.libc, "environ") if env is None else
                    self.strings([name + b"=" + value for name, value in env.items()]))
         os.set_inheritable(kept, True)
-        os.chdir(cwd)
         actions = self.actions(output)
         try:
+            os.chdir(cwd)
             for place in [one for one in places if os.access(one, os.X_OK)] or places:
                 error = self.libc.posix_spawn(self.ctypes.byref(pid), place, actions,
                                               self.attributes, words, environ)
