@@ -2135,7 +2135,8 @@ class Attempt:
             self.output = None
 
     def on_message(self, reason, now):
-        """Stop it: "cancelled" or "stopped"."""
+        """Stop it, "cancelled" or "stopped", unless it has ended by itself."""
+        self.look(now)
         if self.status is None and not self.over:
             self.stop(reason, now)
 

@@ -1261,6 +1261,14 @@ class AttemptTest(Case):
         last = self.notes[-1]
         self.assertEqual((run.over, last["status"], last["reason"]), (True, 0, ""))
 
+    def test_who_ended_before_it_was_to_be_stopped_is_not_stopped(self):
+        for command, status in (("true", 0), ("exit 3", 3)):
+            with self.subTest(command=command):
+                run = self.start(command)
+                wait_until(lambda: not queuectl.process_start(run.process.pid), "it has ended")
+                run.on_message("stopped", 10.0)
+                self.assertEqual(self.finish(run, 10.0), (status, "", b""))
+
     def test_what_another_program_made_of_a_job_is_refused(self):
         for order in ({"env": {"A": 3}}, {"env": ["A"]}, {"command": "a\0b"}, {"cwd": "/\0"}):
             with self.subTest(order=order):
