@@ -2467,7 +2467,8 @@ class Worker:
     def timeout_ms(self):
         if self.attempt is None or self.attempt.deadline is None:
             return None
-        return max(int((self.attempt.deadline - monotonic()) * 1000) + 1, 0)
+        left = int((self.attempt.deadline - monotonic()) * 1000) + 1
+        return min(max(left, 0), UNITS_MS["d"])  # poll takes no more than some 24 days
 
     def on_daemon(self):
         """Orders, stops, or the end of the connection."""

@@ -2652,6 +2652,11 @@ class StoriesTest(QueueCase):
         pids = [int(pid) for pid in sleeping.communicate()[0].split()]
         self.assertEqual(set(pids) & set(processes_of(self.dir)), set())
 
+    def test_the_longest_timeout_is_waited_for(self):
+        self.daemon("--workers", "1")
+        job = self.enqueue("true", timeout=queuectl.MAX_MS, max_retries=1)
+        self.ok("wait", job)
+
     def test_output_is_bounded_and_kept_across_retries(self):
         self.ok("config", "set", "output-limit", "10")
         self.ok("config", "set", "max-delay", "1ms")
