@@ -2748,6 +2748,9 @@ class Pool:
             channel.inbox.clear()
 
     def on_death(self, hand, _channel):
+        if hand.slot in self.ended:  # no loss: it has told, and `close` drops it once that is stored
+            hand.leaving = self.uneven = True
+            return
         if hand.claim:
             self.log("worker lost: slot %d, pid %d, job %s"
                      % (hand.slot, hand.process.pid, hand.claim.job))

@@ -4011,6 +4011,21 @@ around(queuectl.Attempt, 'spawn', False, die)""" % self.path("closed"), "--worke
         self.wait_for("failed")
         self.assertEqual(self.ok("status")["workers"], 1)
 
+    def test_a_worker_that_leaves_before_its_outcome_can_be_stored_is_not_lost(self):
+        _, worker = self.running()
+        self.ok("worker", "stop")
+        other = sqlite3.connect(self.db, isolation_level=None)
+        self.addCleanup(other.close)
+        other.execute("BEGIN EXCLUSIVE")
+        self.open_gate()
+        wait_until(lambda: not queuectl.process_start(worker), "it has left")
+        time.sleep(0.3)  # its daemon hears of it
+        other.execute("ROLLBACK")
+        self.wait_for("completed")
+        self.check(["held"])
+        self.assertEqual(self.rows("SELECT worker FROM attempts"), [(worker,)])
+        self.assertNotIn("worker lost", self.read("q.db.log"))
+
     def test_a_daemon_from_a_newer_copy_adopts_what_runs(self):
         daemon, worker = self.running()
         with open(SCRIPT, encoding="utf-8") as file:
