@@ -4018,8 +4018,7 @@ around(queuectl.Attempt, 'spawn', False, die)""" % self.path("closed"), "--worke
         self.addCleanup(other.close)
         other.execute("BEGIN EXCLUSIVE")
         self.open_gate()
-        wait_until(lambda: not queuectl.process_start(worker), "it has left")
-        time.sleep(0.3)  # its daemon hears of it
+        wait_until(lambda: not os.path.exists("/proc/%d" % worker), "its daemon has reaped it")
         other.execute("ROLLBACK")
         self.wait_for("completed")
         self.check(["held"])
