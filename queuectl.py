@@ -548,7 +548,7 @@ def pad(value, size):
 
 
 def unpad(data):
-    """What `pad` wrote, or {} when it is garbled."""
+    """The object that a JSON text is; {} when it is garbled, or not all there."""
     try:
         value = json.loads(data)
         return value if isinstance(value, dict) else {}
@@ -1659,8 +1659,7 @@ def beside(path, target=":memory:", mode="ro"):
     source = sqlite_uri(path) + "?mode=" + mode
 
     def connect(uri):
-        return closing(
-            sqlite3.connect(uri, timeout=REACH_S, isolation_level=None, uri=True))
+        return closing(sqlite3.connect(uri, timeout=REACH_S, isolation_level=None, uri=True))
     try:
         with connect(source) as probe:  # ATTACH would only say that it can't open it
             probe.execute("SELECT 1 FROM sqlite_master LIMIT 1")
@@ -1851,8 +1850,8 @@ def group_of(mark, pid=None):
     """The group, in a session of its own, of a process, no zombie, that has `mark` in its
     environment; `pid`: if it is that one. None if there is none."""
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError,
-                                 IndexError, ValueError):  # it is just going
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError, IndexError,
+                      ValueError):  # it is just going
             group, session = map(int, process_status(int(name))[2:4])
             if group == session and pid in (None, group) and mark in read_at(
                     "/proc/%s/environ" % name, 0, 1 << 22)[0].split(b"\0"):
@@ -5349,16 +5348,21 @@ def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many.
 
     worker start --count 3"""
-    def start():
+    for last in (False, True):
         try:
-            return queue.call("worker", "start", count=args.count)
+            print_compact(queue.call("worker", "start", count=args.count))
+            return
         except Failure as error:
             if "no_daemon" not in error.details:
                 raise
         make_default_folder(queue.place)
-        tell(start_in_background(queue.place, "--workers", str(args.count)))
-        return reply("Started %s" % plural(args.count, "worker"))
-    print_compact(patiently(start, Served))
+        try:
+            tell(start_in_background(queue.place, "--workers", str(args.count)))
+            print_compact(reply("Started %s" % plural(args.count, "worker")))
+            return
+        except Served:
+            if last:
+                raise
 
 
 @subcommand("worker stop", count_arg("--count", "so many (default: all)"),

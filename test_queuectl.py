@@ -3147,6 +3147,12 @@ class ToolkitTest(QueueCase):
                 self.assertEqual(run.wait(), code)
                 self.assertEqual(self.show("job%d" % code, "state", "error"), ("dead", "cancelled"))
 
+    def test_a_daemon_that_can_not_be_started_for_another_is_tried_twice(self):
+        with mock.patch("queuectl.start_in_background",
+                        side_effect=queuectl.Served("it already serves")) as start:
+            self.assertIn("already serves", self.refused("worker", "start"))
+        self.assertEqual(start.call_count, 2)  # once more, where the other has just ended
+
     def test_a_run_that_ends_early_leaves_no_job(self):
         for number in queuectl.ENDINGS:  # at the worst moment: stored, and nobody knows yet
             with self.subTest(number=number):
