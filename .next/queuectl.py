@@ -101,6 +101,7 @@ MAX_CLIENTS = 400               # connections at once
 BATCH_JOBS = 1000               # `enqueue -` stores so many at once,
 BATCH_BYTES = 8 << 20           # or so many bytes
 STEP = 1000                     # rows or ids that one transaction takes on
+MAX_NAMED = 10000               # jobs that a user may name for one change
 PAGE = 400                      # rows of one look; SQLite 3.7.17 takes 999 values
 ANSWERS = 1000                  # answers remembered, for clients that ask again
 LOOKED_AT = 20000               # jobs that `check` looks at, some 20 ms
@@ -176,15 +177,16 @@ def parse_date(text, local=False):
 
 def next_time(text, now):
     """ms of a date in local time; a time of the day alone is the next one: 03:00."""
-    if not re.fullmatch(r"\d\d?:\d\d(:\d\d)?", text, re.ASCII):
+    match = re.fullmatch(r"(\d\d?):(\d\d)", text, re.ASCII)
+    if not match:
         return parse_date(text, local=True)
-    hour, minute, second = (list(map(int, text.split(":"))) + [0])[:3]
-    if hour > 23 or minute > 59 or second > 59:
+    hour, minute = map(int, match.groups())
+    if hour > 23 or minute > 59:
         raise ValueError("must be a time of the day like 03:00")
-    today = time.localtime(now / 1000)
-    return next(ms for ms in (
-        int(time.mktime(today[:2] + (today[2] + days, hour, minute, second, 0, 0, -1))) * 1000
-        for days in (0, 1, 2)) if ms > now)
+    year, month, day = time.localtime(now / 1000)[:3]
+    today, tomorrow = [int(time.mktime((year, month, day + days, hour, minute, 0, 0, 0, -1))) * 1000
+                       for days in (0, 1)]
+    return today if today > now else tomorrow
 
 
 def parse_duration(text, bare=None):
@@ -201,14 +203,13 @@ def parse_duration(text, bare=None):
 
 def lapse(ms):
     """A duration for people, in two units at most: 10 ms, 45 s, 3m20s, 5 h, 2d4h."""
-    if ms < 1000:
-        return "%d ms" % ms
-    units = sorted(UNITS_MS.items(), key=lambda item: -item[1])
-    for (unit, size), (small, part) in zip(units, units[1:]):
+    for unit, small in ("dh", "hm", "ms"):
+        size, part = UNITS_MS[unit], UNITS_MS[small]
         if ms >= size:
-            rest = ms % size // part if size > 1000 else 0
-            return ("%d%s%d%s" % (ms // size, unit, rest, small) if rest
-                    else "%d %s" % (ms // size, unit))
+            rest = ms % size // part
+            return "%d%s%d%s" % (ms // size, unit, rest, small) if rest else "%d %s" % (
+                ms // size, unit)
+    return "%d s" % (ms // 1000) if ms >= 1000 else "%d ms" % ms
 
 
 def new_ids(now, count=1):
@@ -275,6 +276,9 @@ class BadField(Failure):
 
 class NoDaemon(Failure):
     """A command needs the daemon and none runs."""
+
+    def __init__(self, db):
+        super().__init__("no daemon runs for %s; start one with: queuectl worker start" % db)
 
 
 class StorageError(Failure):
@@ -413,18 +417,11 @@ def boot_id():
 
 
 def process_start(pid):
-    """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie."""
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+    """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie, or
+    the system doesn't say."""
+    with suppress(OSError, TypeError), open("/proc/%d/stat" % pid, "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
         return "" if fields[0] in b"ZX" else fields[19].decode()
-    except OSError:
-        if os.path.exists("/proc/self/stat"):
-            return ""
-    import subprocess
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(["ps", "-o", "lstart=", "-p", str(pid)],
-                                       stderr=subprocess.DEVNULL).decode().strip()
     return ""
 
 
@@ -456,10 +453,10 @@ def processes(path=None, mark=None):
     with suppress(OSError):
         wanted = path and os.stat(path)
     for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        with suppress(OSError):
+        with suppress(OSError), open("/proc/%s/environ" % pid, "rb") as environ:
             if int(pid) != os.getpid() and process_start(int(pid)) and (
                     wanted and writes_to("/proc/" + pid, wanted)
-                    or mark and mark in environment_of(pid)):
+                    or mark and mark in environ.read(1 << 22).split(b"\0")):
                 found.append(int(pid))
     return found
 
@@ -471,16 +468,9 @@ def writes_to(process, wanted):
         with suppress(OSError):
             if os.path.samestat(os.stat("%s/fd/%s" % (process, fd)), wanted):
                 with open("%s/fdinfo/%s" % (process, fd)) as info:
-                    flags = re.search(r"flags:\s*([0-7]+)", info.read())
-                if flags and int(flags.group(1), 8) & os.O_ACCMODE != os.O_RDONLY:
-                    return True
+                    if int(info.read().split()[3], 8) & os.O_ACCMODE != os.O_RDONLY:
+                        return True
     return False
-
-
-def environment_of(pid):
-    """[NAME=VALUE as bytes] of a process of ours."""
-    with open("/proc/%s/environ" % pid, "rb") as file:
-        return file.read(1 << 22).split(b"\0")
 
 
 def read_note(path):
@@ -535,38 +525,32 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
         return os.path.lexists(self.db)
 
     def check(self):
-        """Refuse a place where no queue can be, or a file that is no database; it stays as it is.
-        Never while a connection is open: closing the file would drop SQLite's locks."""
+        """Refuse a place where no queue can be, or a file that is not ours."""
         folder = os.path.dirname(self.db)
         if not self.db_given and not os.path.isdir(folder):
             private_directory(folder)  # another is the user's affair
         try:
             status = os.stat(folder)
         except OSError as error:
-            raise Failure("no directory %s (%s); make it, or give another --db"
-                          % (folder, error.strerror))
+            raise Failure("no directory %s for %s (%s); make it, or give another --db"
+                          % (folder, self.db, error.strerror))
         if os.geteuid() == 0 and (status.st_uid != 0 or others_can_write(status)):
             raise Failure("%s can be written by others than root; use a directory that can't"
                           % folder)
-        kind = mount_of(self.db)
-        if re.match(NETWORKS, kind):
+        if re.match(NETWORKS, mount_of(self.db)):
             raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
-                          " give a --db on a local disk" % (self.db, kind))
+                          " give a --db on a local disk" % (self.db, mount_of(self.db)))
         if self.exists():
             self.check_file()
 
     def check_file(self):
-        """Refuse what is there but no database of ours."""
+        """Refuse a file of someone else, or one that we can't write."""
         status = os.lstat(self.db)
         check_regular(self.db, status)
         if not status.st_mode & 0o200 or not os.access(self.db, os.R_OK | os.W_OK):
             raise StorageError("%s is read-only; run: chmod u+rw %s" % (self.db, self.db))
         if others_can_write(status):
             raise StorageError("%s can be written by others; run: chmod 600 %s" % (self.db, self.db))
-        with open(self.db, "rb") as file:
-            if status.st_size and file.read(16) != b"SQLite format 3\0":
-                raise StorageError("%s is not a database; restore a backup, or give another --db"
-                                   % self.db)
 
     def slots(self):
         """The numbers of the slots whose worker lives, in order."""
@@ -702,9 +686,6 @@ def is_text(value):
 
 
 def as_int(value, low, high):
-    """A whole number, given as one or as its text."""
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value.strip(), re.ASCII):
-        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError("must be a whole number, %d to %d" % (low, high))
     return value
@@ -738,7 +719,13 @@ def split_shell(text):
 
 
 def number_from(low, high):
-    return lambda value: as_int(value, low, high)
+    """The check of a number that may be given as text."""
+    return lambda value: as_int(
+        int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,18}\s*", value, re.ASCII)
+        else value, low, high)
+
+
+as_count = number_from(1, MAX_WORKERS)
 
 
 def ms_from(low):
@@ -816,10 +803,8 @@ def as_env(value):
     if not isinstance(value, dict):
         raise ValueError("must be an object of text to text")
     for name, text in value.items():
-        if not name or "=" in as_text(name):
-            raise ValueError("has a name that is empty or holds a =")
-        if not is_text(text):
-            raise ValueError("needs text for %s" % name[:80])
+        if not name or "=" in as_text(name) or not is_text(text):
+            raise ValueError("must be an object of text to text; look at %r" % name[:80])
         if len(text.encode()) + len(name.encode()) >= MAX_COMMAND:
             raise ValueError("has a value that is too long: %s" % name[:80])
     text = compact(value)
@@ -837,10 +822,10 @@ def as_key(value):
 FIELDS = {  # what a job may be given -> the check that returns what is stored
     "id": as_id,
     "command": as_command,
-    "priority": number_from(-1000, 1000),
+    "priority": lambda value: as_int(value, -1000, 1000),
     "run_after": as_date,
     "timeout": as_ms,
-    "max_retries": number_from(1, 1000),
+    "max_retries": lambda value: as_int(value, 1, 1000),
     "cwd": as_cwd,
     "env": as_env,
     "unique": as_key,
@@ -914,34 +899,34 @@ def make_job(given, settings, now, job_id):
     return Job(**job)
 
 
+ADOPTED = dict(
+    dict.fromkeys(("created_at", "updated_at", "run_after", "started_at"), as_date),
+    attempts=number_from(0, 1 << 30), max_retries=number_from(1, 1000), timeout=as_ms,
+    priority=FIELDS["priority"], command=as_command, state=lambda text: one_of(text, STATES))
+
+
 def adopted(row, settings, now):
-    """A row that another program inserted, as a job like any other. A number that is none gets its
-    default; what can't be, makes it dead with the reason. One that was running has not begun."""
+    """A row that another program inserted, as a job like any other; what can't be, makes it dead
+    with the reason. One that was running has not begun."""
     fields, problem = defaults(settings, now), None
     fields["id"] = safe(str(row.id)) if row.id else new_ids(now)[0]
-    for field, low, high in (("attempts", 0, 1 << 30), ("max_retries", 1, 1000),
-                             ("timeout", 0, MAX_MS), ("priority", -1000, 1000)):
-        with suppress(ValueError):
-            fields[field] = as_int(getattr(row, field), low, high)
-    for field, check in (("created_at", as_date), ("updated_at", as_date), ("run_after", as_date),
-                         ("started_at", as_date), ("command", as_command),
-                         ("state", lambda text: one_of(text, STATES))):
+    for field, check in ADOPTED.items():
         value = getattr(row, field)
         try:
-            if value or field == "command":
+            if value not in (None, "") or field == "command":
                 fields[field] = check(value)
         except ValueError as error:
-            problem = problem or "field %s %s" % (field, error)
+            problem = problem or "field %s %s" % (field, safe(str(error)))
     if fields["state"] == "processing":
         fields["state"] = "pending"
     if problem:
         fields.update(command=fields["command"] or safe(str(row.command)), state="dead",
-                      error=safe(problem), finished_at=iso(now))
+                      error=problem, finished_at=iso(now))
     elif fields["state"] in FINISHED:
         fields["finished_at"] = fields["updated_at"]
     else:
         fields.update(scheduled(parse_date(fields["run_after"]), now))
-    return Job(**fields)
+    return Job(**dict(fields, due=fields["due"] or None))
 
 
 # ---- Verdicts -----------------------------------------------------------------------------------
@@ -982,7 +967,7 @@ def failure_text(timeout, outcome):
     if outcome.reason == "timeout":
         return ("timed out after %d ms (raise it with --timeout or: config set timeout 0)"
                 % timeout)
-    if outcome.reason:
+    if outcome.reason and not (outcome.reason in ("cancelled", "give back") and outcome.status == 0):
         return outcome.detail or outcome.reason
     if outcome.status is None or outcome.status >= 0:
         return "exit %s" % outcome.status if outcome.status else None
@@ -1084,9 +1069,8 @@ MIGRATIONS = (
             needs TEXT NOT NULL,
             PRIMARY KEY (job, needs))""",
      "CREATE INDEX after_needs ON after (needs)",
-     # The last job that was given a key; it holds it while it is unfinished. completed: ms when a
-     # job with this key last did.
-     "CREATE TABLE unique_keys (key TEXT PRIMARY KEY, job TEXT NOT NULL, completed INTEGER)",
+     # The last job that was given a key; it holds it while it is unfinished.
+     "CREATE TABLE unique_keys (key TEXT PRIMARY KEY, job TEXT NOT NULL)",
      # What was answered to the last changes: a client whose connection broke may ask again.
      "CREATE TABLE answers (number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)",
      # One row. By state: how many jobs there are; changes: of settings, pause or limits.
@@ -1154,13 +1138,14 @@ MIGRATIONS = (
 # In brackets, not quotes: SQLite takes an unknown "column" for a text.
 COLUMNS = ", ".join("[%s]" % name for name in Job._fields)
 LOOK = COLUMNS.replace("[environ]", "NULL")  # it may be large, and is shown to nobody
-ATTEMPT = "number worker started_at finished_at exit_code signal error".split()
+ATTEMPT = ("number worker started_at finished_at exit_code signal error serial output_cut"
+           " output_kept").split()
 
 # An open attempt with what is needed to run it and to judge it. started_at: ms; number: counts
 # over the job's life; command: None for a job deleted meanwhile
 Claim = collections.namedtuple(
     "Claim", "serial slot boot started_at wish job number attempts max_retries timeout command cwd"
-             " env environ own unique")
+             " env environ")
 
 
 def marks(values):
@@ -1174,20 +1159,21 @@ def sqlite_uri(path, mode="rw"):
 
 
 class Store:
-    """The database of the queue at `place` (None: an empty one in memory). One a process, opened
-    after any fork and closed before one: a connection must not cross it.
+    """The database of the queue at `place`, or an empty one in memory. One a process, opened after
+    any fork and closed before one: a connection must not cross it.
 
     patience_s, door  see Turn
     Raises StorageError; what could not be done is undone.
     """
 
-    def __init__(self, place, *, patience_s=None, door=False):
+    def __init__(self, place, *, patience_s=None, door=False, memory=False):
         import sqlite3
         import threading
         self.sqlite3 = sqlite3
         self.thread = threading.get_ident
         self.place = place
-        self.path = place.db if place else ":memory:"
+        self.memory = memory
+        self.path = ":memory:" if memory else place.db
         self.patience_s = patience_s
         self.door = door
         self.sync_mutex = threading.Lock()  # of a sync, and of what reopens
@@ -1202,7 +1188,7 @@ class Store:
         self.settings = {}
         self.paused = None                  # the reason of a pause
         self.turn = None
-        if place:
+        if not memory:
             place.check()
             if place.exists() and not os.path.isdir(place.run):
                 self.recognise()
@@ -1217,15 +1203,14 @@ class Store:
 
     def recognise(self):
         """Refuse a database that is no queue's, before anything is made beside it."""
-        if not os.stat(self.path).st_size:
-            return
-        try:
-            connection = self.sqlite3.connect(sqlite_uri(self.path, "ro&immutable=1"), uri=True)
-            connection.execute("SELECT id, command, state, run_after, started_at FROM jobs LIMIT 0"
-                               ).close()
-            connection.close()
-        except self.sqlite3.Error as error:
-            raise storage_error(self.path, error)
+        if os.stat(self.path).st_size:
+            try:
+                connection = self.sqlite3.connect(sqlite_uri(self.path, "ro&immutable=1"), uri=True)
+                connection.execute("SELECT id, command, state, run_after, started_at FROM jobs"
+                                   " LIMIT 0").close()
+                connection.close()
+            except self.sqlite3.Error as error:
+                raise storage_error(self.path, error)
 
     @contextmanager
     def in_turn(self):
@@ -1252,7 +1237,7 @@ class Store:
     def reopen(self):
         """(Re)open the connection, in turn: SQLite recovers then."""
         def action():
-            if self.place and self.turn is None:
+            if self.turn is None and not self.memory:
                 self.turn = Turn(self.place, self.door)
             with self.sync_mutex, self.mutex, self.in_turn():
                 self.disconnect()
@@ -1265,22 +1250,26 @@ class Store:
         self.patiently(action)
 
     def connect(self):
-        if self.place and not self.place.exists():
+        if not (self.memory or self.place.exists()):
             os.close(open_private(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        uri = sqlite_uri(self.path) if self.place else self.path
+        uri = self.path if self.memory else sqlite_uri(self.path)
         self.connection = self.sqlite3.connect(uri, timeout=BUSY_S, isolation_level=None,
-                                               uri=bool(self.place), check_same_thread=False)
+                                               uri=not self.memory, check_same_thread=False)
         self.cursor, self.broken = self.connection.cursor(), False
         version = self.value("PRAGMA user_version")
         if version > len(MIGRATIONS):
             raise StorageError("%s was made by a newer queuectl (schema %d, this is %s with %d);"
                                " use that one" % (self.path, version, VERSION, len(MIGRATIONS)))
+        if version == 0:
+            self.query("PRAGMA page_size = 1024")  # a new file's: whole pages are written
+        if not self.memory and self.value("PRAGMA journal_mode = WAL") != "wal":
+            raise StorageError("%s can't use WAL; check its file system" % self.path)
         if version < len(MIGRATIONS):
             self.migrate(version)
         for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 4000",
                        "journal_size_limit = 8388608", "temp_store = MEMORY"):
             self.query("PRAGMA " + pragma)
-        if self.place:
+        if not self.memory:
             self.query("SELECT 1 FROM jobs LIMIT 1")  # opens -wal
             self.file = os.lstat(self.path)
             self.wal = os.open(self.path + "-wal", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -1290,7 +1279,7 @@ class Store:
     def migrate(self, version):
         """Bring the schema up to date, while no daemon runs."""
         held = None
-        if self.place:
+        if not self.memory:
             try:
                 held = self.place.hold_daemon(0)
             except Failure as error:
@@ -1298,9 +1287,6 @@ class Store:
                                    " runs; restart it: queuectl daemon stop, worker start (%s)"
                                    % (self.path, error))
         try:
-            self.query("PRAGMA page_size = 1024")  # a new file's: whole pages are written
-            if self.place and self.value("PRAGMA journal_mode = WAL") != "wal":
-                raise StorageError("%s can't use WAL; check its file system" % self.path)
             for number in range(version, len(MIGRATIONS)):
                 self.query("BEGIN IMMEDIATE")
                 try:
@@ -1467,18 +1453,20 @@ class Store:
         """The answer given to the change `once`, or None."""
         return self.value("SELECT answer FROM answers WHERE once = ?", (once,))
 
-    def remember(self, once, answer):
-        self.write("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
-        self.write("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?",
-                   (ANSWERS,))
+    def remember(self, once, answer, served):
+        """Keep what was answered to the change `once` (None: to one that can't be asked again); a
+        daemon's are counted."""
+        if once:
+            self.write("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
+            self.write("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?",
+                       (ANSWERS,))
+        if served:
+            self.write("""UPDATE metrics SET total_commands = total_commands + 1
+                          WHERE id = (SELECT MAX(id) FROM metrics)""")
 
     def note_startup(self, now):
         self.write("INSERT INTO metrics (daemon_startup, total_commands) VALUES (?, 0)",
                    (iso(now),))
-
-    def count_command(self):
-        self.write("""UPDATE metrics SET total_commands = total_commands + 1
-                      WHERE id = (SELECT MAX(id) FROM metrics)""")
 
     # -- jobs coming in
 
@@ -1490,9 +1478,9 @@ class Store:
 
     def hold_key(self, job):
         """From now on the unique key that it has is its own."""
-        if job.unique and not self.write("UPDATE unique_keys SET job = ? WHERE key = ?",
-                                         (job.id, job.unique)):
-            self.write("INSERT INTO unique_keys (key, job) VALUES (?, ?)", (job.unique, job.id))
+        if job.unique:
+            self.write("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
+                       (job.unique, job.id))
 
     def holder(self, key):
         """The id of the unfinished job that holds the unique key, or None."""
@@ -1559,7 +1547,7 @@ class Store:
         which = "ready = 1" if only is None else (
             "id IN (%s) AND (ready = 1 OR due > 0 AND due <= %d)" % (marks(only), now))
         rows = self.query("""SELECT rowid, id, runs + 1, attempts, max_retries, timeout, command,
-                                    cwd, env, environ, own, "unique"
+                                    cwd, env, environ
                              FROM jobs
                              WHERE %s
                                AND NOT EXISTS (SELECT 1 FROM running WHERE running.job = jobs.id)
@@ -1583,7 +1571,7 @@ class Store:
         return [Claim._make(row) for row in self.query(
             """SELECT running.serial, running.slot, running.boot, running.started_at, running.wish,
                       running.job, jobs.runs, COALESCE(jobs.attempts, 0), jobs.max_retries,
-                      jobs.timeout, jobs.command, jobs.cwd, jobs.env, NULL, jobs.own, jobs."unique"
+                      jobs.timeout, jobs.command, jobs.cwd, jobs.env, NULL
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
                WHERE (:slot IS NULL OR running.slot = :slot)
@@ -1636,15 +1624,12 @@ class Store:
             signal_name(-status) if status is not None and status < 0 else None, verdict.error,
             outcome.dropped, outcome.output or None))
         done = verdict.state == "completed"
-        ms = max(outcome.ended_at - claim.started_at, 0) if done else 0
+        ms = max(outcome.ended_at - claim.started_at, 0) * done
         self.write("""UPDATE totals
                       SET jobs_completed = jobs_completed + ?, jobs_died = jobs_died + ?,
                           failed_attempts = failed_attempts + ?, runtime_ms = runtime_ms + ?,
                           longest_ms = MAX(longest_ms, ?)""",
                    (done, verdict.state == "dead", not done, ms, ms))
-        if done and claim.unique:
-            self.write("UPDATE unique_keys SET completed = ? WHERE key = ?",
-                       (outcome.ended_at, claim.unique))
         return True
 
     def give_back(self, claim, verdict, now):
@@ -1765,17 +1750,19 @@ class Store:
                           (self.paused is None, now)) == 1
 
     def attempts(self, job_id):
-        """[dict] of the job's closed attempts, first to last."""
-        names = ATTEMPT + ["serial", "output_cut", "output_kept"]
-        return [dict(zip(names, row)) for row in self.query(
+        """[dict] of the job's attempts, first to last; an open one has no finished_at."""
+        rows = self.query(
             """SELECT number, worker, started_at, finished_at, exit_code, signal, error, serial,
                       dropped, COALESCE(length(output), 0)
-               FROM attempts WHERE job = ? ORDER BY serial""", (job_id,))]
+               FROM attempts WHERE job = ? ORDER BY serial""", (job_id,))
+        rows += [(claim.number, None, iso(claim.started_at), None, None, None, None, claim.serial, 0,
+                  None) for claim in self.open_claims(job=job_id)]
+        return [dict(zip(ATTEMPT, row)) for row in rows]
 
-    def output(self, serial, start, limit):
-        """`limit` bytes from `start` on of the output kept of a closed attempt."""
-        return bytes(self.value("SELECT substr(output, ?, ?) FROM attempts WHERE serial = ?",
-                                (start + 1, limit, serial)) or b"")
+    def output(self, serial, start):
+        """What is kept of a closed attempt's output, from byte `start` on."""
+        return bytes(self.value("SELECT substr(output, ?) FROM attempts WHERE serial = ?",
+                                (start + 1, serial)) or b"")
 
     def totals(self):
         """{column: number} of the table totals: jobs by state, and what was counted so far."""
@@ -1800,35 +1787,22 @@ class Store:
 
     def ready_since(self, now):
         """ms since when the one of the ready jobs that waits longest could have started, or None.
-        No index has these times: the first in line of each priority are looked at."""
-        levels, times = [1001], []
-        while levels[-1] is not None:
-            levels.append(self.value(
-                "SELECT MAX(priority) FROM jobs WHERE ready = 1 AND priority < ?", (levels[-1],)))
-        for level in levels[1:-1]:
-            times.append(parse_date(self.value(
-                """SELECT MIN(MAX(created_at, run_after))
-                   FROM (SELECT created_at, run_after FROM jobs
-                         WHERE ready = 1 AND priority = ?
-                         ORDER BY rowid LIMIT ?)""", (level, LOOKED_AT // len(levels)))))
+        No index has these times: the first in line are looked at."""
+        since = self.value("""SELECT MIN(MAX(created_at, run_after))
+                              FROM (SELECT created_at, run_after FROM jobs
+                                    WHERE ready = 1 ORDER BY priority DESC, rowid LIMIT ?)""",
+                           (LOOKED_AT,))
         due = self.next_due()
-        return min(times + [due] * (due <= now), default=None)
+        return min(([parse_date(since)] if since else []) + [due] * (due <= now), default=None)
 
     def completed_at(self, name, since):
-        """ms of the last completion of a job whose id begins with `name`, or whose unique key is
-        that, or None; where many are called so, none before `since` is looked for."""
-        span = (name, name + "\U0010ffff")
-        if self.value("SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE id >= ? AND id < ? LIMIT ?)",
-                      span + (LOOKED_AT,)) < LOOKED_AT:
-            ended = self.value("""SELECT MAX(finished_at) FROM jobs
-                                  WHERE id >= ? AND id < ? AND +state = 'completed'""", span)
-        else:
-            ended = self.value("""SELECT finished_at FROM jobs INDEXED BY jobs_finished
-                                  WHERE state = 'completed' AND finished_at >= ?
-                                    AND id >= ? AND id < ?
-                                  ORDER BY finished_at DESC LIMIT 1""", (iso(since),) + span)
-        by_key = self.value("SELECT completed FROM unique_keys WHERE key = ?", (name,))
-        return max(filter(None, (by_key, ended and parse_date(ended))), default=None)
+        """ms of the last completion, since then, of a job whose id begins with `name` or whose
+        unique key it is; None without one."""
+        ended = self.value("""SELECT MAX(finished_at) FROM jobs INDEXED BY jobs_finished
+                              WHERE state = 'completed' AND finished_at >= ?
+                                AND (substr(id, 1, length(?)) = ? OR "unique" = ?)""",
+                           (iso(since), name, name, name))
+        return ended and parse_date(ended)
 
     # -- for `doctor` and `backup`
 
@@ -1865,7 +1839,7 @@ class Store:
 
 def sqlite_version():
     import sqlite3
-    return sqlite3.sqlite_version_info
+    return sqlite3.sqlite_version
 
 
 # ---- Requests -----------------------------------------------------------------------------------
@@ -1874,19 +1848,14 @@ def sqlite_version():
 
 # now: ms; served: whether a daemon performs it
 Context = collections.namedtuple("Context", "store now served")
-
-# defaults: of its arguments, as the function has them after the context; bare: the one that a
-# `value` by itself stands for
-Operation = collections.namedtuple("Operation", "function defaults bare changes")
-OPERATIONS = {}  # (command, option) -> Operation
+OPERATIONS = {}  # (command, option) -> (whether it changes the queue, function, its arguments)
 
 
 def operation(command, option=None, *, changes=True):
+    """Register what a request does; a `value` by itself is its first argument."""
     def register(function):
-        names = function.__code__.co_varnames[1:function.__code__.co_argcount]
-        OPERATIONS[command, option] = Operation(
-            function, dict(zip(names, function.__defaults__ or ())), names[0] if names else None,
-            changes)
+        code = function.__code__
+        OPERATIONS[command, option] = changes, function, code.co_varnames[1:code.co_argcount]
         return function
     return register
 
@@ -1895,73 +1864,29 @@ def reply(message, **more):
     return dict(success=True, message=message, **more)
 
 
-ARGUMENTS = {  # name -> its check, whatever the operation is; other names those check themselves
-    "state": lambda value: one_of(value, STATES),
-    "count": number_from(1, MAX_WORKERS),
-    "reason": as_text,
-}
-
-
-def versions(request):
-    """Both sides' versions, for those that don't understand each other."""
-    return "daemon: queuectl %s, request: %s" % (
-        VERSION, str(request.get("version", "unversioned"))[:20])
-
-
 def resolve(request):
-    """(Operation, {argument: value}) that a request stands for; Failure when it makes none."""
+    """(whether it changes the queue, function, {argument: value}) that a request stands for."""
     if not isinstance(request, dict) or not isinstance(request.get("command"), str):
         raise Failure('a request is an object like {"command":"status"}')
     command, option = request["command"], request.get("option") or None
     flag, value = request.get("flag"), request.get("value")
     if command == "config" and option in (None, "set") and flag:  # as the original has it
         option, flag, value = "set", None, {"key": flag, "value": value}
-    try:
-        found = OPERATIONS[command, option]
-    except (KeyError, TypeError):
+    versions = "the daemon is queuectl %s, the request is of %s" % (
+        VERSION, str(request.get("version", "an unknown one"))[:20])
+    if not isinstance(option, (str, type(None))) or (command, option) not in OPERATIONS:
         raise Failure("unknown command %s (%s); known are %s" % (
-            compact([command, option])[:80], versions(request),
+            compact([command, option])[:80], versions,
             ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
+    changes, function, names = OPERATIONS[command, option]
     if flag is not None:
-        arguments = {str(flag).lstrip("-").replace("-", "_"): value}
-    elif isinstance(value, dict):
-        arguments = value
-    else:
-        arguments = {} if value is None else {found.bare: value}
-    given = {}
-    for name, value in arguments.items():
-        if name not in found.defaults:
-            raise Failure("%s takes no %s (%s)" % (
-                command, "value" if name is None else "argument " + str(name)[:80],
-                versions(request)))
-        if value is not None:
-            given[name] = checked(name, ARGUMENTS[name], value) if name in ARGUMENTS else value
-    return found, given
-
-
-def perform(store, request, served=False, committed=lambda: None):
-    """The answer to a request; Failure if it is refused. A change that was made before is only
-    answered again. `committed()` is called once it is made, before it is on the disk."""
-    found, arguments = resolve(request)
-    if not found.changes:
-        return found.function(Context(store, now_ms(), served), **arguments)
-    once = request.get("once")
-    once = once if is_text(once) else None
-    with store.transaction():
-        answered = once and store.recall(once)
-        if answered:
-            answer = json.loads(answered)
-        else:
-            context = Context(store, now_ms(), served)
-            adopt_strangers(store, context.now)
-            answer = found.function(context, **arguments)
-            if served:
-                store.count_command()
-            if once:
-                store.remember(once, compact(answer))
-    committed()
-    store.sync()
-    return answer
+        value = {str(flag).lstrip("-").replace("-", "_"): value}
+    elif not isinstance(value, dict):
+        value = {} if value is None else {names[0] if names else "value": value}
+    for name in value:
+        if name not in names:
+            raise Failure("%s takes no %s (%s)" % (command, str(name)[:80], versions))
+    return changes, function, {name: one for name, one in value.items() if one is not None}
 
 
 # -- what happens to jobs
@@ -1980,14 +1905,10 @@ def on_job_death(store, job_id, now):
     job = store.job(job_id) if line else None
     if job is None or job.own & ON_DEAD:
         return None
-
-    def fitting(text, size):
-        return (text or "").replace("\0", "").encode()[:size].decode("utf-8", "ignore")
+    command = job.command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")
     new = make_job({"command": line, "env": {
-        "QUEUECTL_DEAD_ID": job.id,
-        "QUEUECTL_DEAD_ERROR": fitting(job.error, 1000),
-        "QUEUECTL_DEAD_COMMAND": fitting(job.command, MAX_DEAD_COMMAND)}},
-        store.settings, now, new_ids(now)[0])
+        "QUEUECTL_DEAD_ID": job.id, "QUEUECTL_DEAD_ERROR": job.error or "",
+        "QUEUECTL_DEAD_COMMAND": command.replace("\0", "")}}, store.settings, now, new_ids(now)[0])
     store.insert([new._replace(own=ON_DEAD)])
     return new.id
 
@@ -2006,6 +1927,28 @@ def adopt_strangers(store, now):
             if job.state == "dead" != row.state:
                 on_job_death(store, job.id, now)
     return count
+
+
+def perform(store, request, served=False, committed=lambda: None):
+    """The answer to a request; Failure if it is refused. A change that was made before is only
+    answered again. `committed()` is called once it is made, before it is on the disk."""
+    changes, function, arguments = resolve(request)
+    if not changes:
+        store.refresh()
+        return function(Context(store, now_ms(), served), **arguments)
+    once = request.get("once")
+    once = once if is_text(once) else None
+    with store.transaction():
+        context = Context(store, now_ms(), served)
+        answered = once and store.recall(once)
+        answer = json.loads(answered) if answered else None
+        if answer is None:
+            adopt_strangers(store, context.now)
+            answer = function(context, **arguments)
+            store.remember(once, compact(answer), served)
+    committed()
+    store.sync()
+    return answer
 
 
 def record(store, claim, outcome, worker, now):
@@ -2034,19 +1977,18 @@ def notes(context):
     return {"workers": 0} if context.served and not store.settings["workers"] else {}
 
 
-def store_jobs(context, given, cwd, environ):
+def store_jobs(context, given, cwd, environ=None):
     """Store the jobs that these objects make, all or none: ([id, or that of the unfinished job
     which holds its unique key], how many are new). A Failure's `index` tells which is wrong."""
     store, spare_ids = context.store, new_ids(context.now, len(given))
     new, told, keys = {}, [], {}
+    cwd = cwd and checked("cwd", as_cwd, cwd)
     for index, fields in enumerate(given):
         try:
             job = make_job(fields, store.settings, context.now, spare_ids[index])
             holder = job.unique and (keys.get(job.unique) or store.holder(job.unique))
             if not holder and (job.id in new or fields.get("id") and store.job(job.id)):
                 raise Failure("job id %s is taken; choose another, or leave it out" % job.id)
-        except StorageError:
-            raise
         except Failure as error:
             error.details["index"] = index
             raise
@@ -2070,7 +2012,7 @@ def op_enqueue(context, job=None, cwd=None, environ=None):
     """Store one job, given as JSON text or as an object."""
     given = decode_json(job, "the job") if isinstance(job, str) else job
     environ = environ and checked("environ", as_environ, environ)
-    (job_id,), stored = store_jobs(context, [given], cwd and checked("cwd", as_cwd, cwd), environ)
+    (job_id,), stored = store_jobs(context, [given], cwd, environ)
     return reply("Job enqueued" if stored else "Job already queued", id=job_id, **notes(context))
 
 
@@ -2079,38 +2021,37 @@ def op_enqueue_batch(context, jobs=(), cwd=None):
     """Store all of the jobs, or none."""
     if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
         raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
-    told, stored = store_jobs(context, jobs, cwd and checked("cwd", as_cwd, cwd), None)
+    told, stored = store_jobs(context, jobs, cwd)
     return reply("Enqueued %s" % plural(stored, "job"), ids=told, count=stored, **notes(context))
-
-
-def for_each(context, ids, skip, act):
-    """(ids, refusals): have act(job) done to each of the named jobs, to all or to none; with `skip`
-    those that it refuses by a Failure are left out."""
-    ids = [ids] if isinstance(ids, str) else ids
-    if not isinstance(ids, list) or not 0 < len(ids) <= STEP:
-        raise Failure("name the jobs, 1 to %d of them" % STEP)
-    done, refused = [], []
-    for job_id in dict.fromkeys(map(str, ids)):
-        try:
-            act(known_job(context.store, job_id))
-            done.append(job_id)
-        except Failure as error:
-            if not skip or isinstance(error, StorageError):
-                raise
-            refused.append(str(error))
-    return done, refused
-
-
-def counted(done, word, refused):
-    """The answer for what was done to jobs."""
-    named = "Job " + done[0] if len(done) == 1 else plural(len(done), "job")
-    return reply("%s %s" % (named, word), count=len(done), refused=refused)
 
 
 def expect(job, states):
     if job.state not in states:
         raise Failure("job %s is %s, not %s; see: queuectl show %s" % (job.id, job.state,
                                                               " or ".join(states), job.id))
+
+
+def job_change(command, option=None, *, done):
+    """Register what a function does to one job as a change to many: to all that are named or to
+    none; with `skip`, those that it refuses by a Failure are left out."""
+    def register(act):
+        @operation(command, option)
+        def change(context, ids=(), skip=False):
+            ids, changed, refused = [ids] if isinstance(ids, str) else ids, [], []
+            if not isinstance(ids, list) or not 0 < len(ids) <= MAX_NAMED:
+                raise Failure("name the jobs, 1 to %d of them" % MAX_NAMED)
+            for job_id in dict.fromkeys(map(str, ids)):
+                try:
+                    act(context, known_job(context.store, job_id))
+                    changed.append(job_id)
+                except Failure as error:
+                    if not skip or isinstance(error, StorageError):
+                        raise
+                    refused.append(str(error))
+            named = "Job " + changed[0] if len(changed) == 1 else plural(len(changed), "job")
+            return reply("%s %s" % (named, done), count=len(changed), refused=refused)
+        return act
+    return register
 
 
 def requeue(context, job):
@@ -2122,55 +2063,40 @@ def requeue(context, job):
     context.store.requeue(job, context.now)
 
 
-@operation("dlq", "retry")
-def op_dlq_retry(context, ids=(), skip=False):
-    """Queue dead jobs again."""
-    def act(job):
-        expect(job, ("dead",))
+@job_change("dlq", "retry", done="added to queue")
+def retry_dead(context, job):
+    expect(job, ("dead",))
+    requeue(context, job)
+
+
+@job_change("retry", done="added to queue")
+def retry(context, job):
+    """One that has ended runs again, a failed one now; one that waits or runs is left alone."""
+    if job.state in FINISHED:
         requeue(context, job)
-    done, refused = for_each(context, ids, skip, act)
-    return counted(done, "added to queue", refused)
+    elif job.state == "failed":
+        context.store.hasten(job.id, context.now)
 
 
-@operation("retry")
-def op_retry(context, ids=(), skip=False):
-    """Queue jobs that have ended again, have failed ones tried now; leave those that wait or run."""
-    def act(job):
-        if job.state in FINISHED:
-            requeue(context, job)
-        elif job.state == "failed":
-            context.store.hasten(job.id, context.now)
-    done, refused = for_each(context, ids, skip, act)
-    return counted(done, "added to queue", refused)
+@job_change("cancel", done="cancelled")
+def cancel(context, job):
+    expect(job, UNFINISHED)
+    if job.state == "processing":
+        context.store.wish_end("cancel", jobs=[job.id])
+    else:
+        context.store.cancel(job.id, context.now)
 
 
-@operation("cancel")
-def op_cancel(context, ids=(), skip=False):
-    """Make waiting jobs cancelled; wish that of running ones."""
-    def act(job):
-        expect(job, UNFINISHED)
-        if job.state == "processing":
-            context.store.wish_end("cancel", jobs=[job.id])
-        else:
-            context.store.cancel(job.id, context.now)
-    done, refused = for_each(context, ids, skip, act)
-    return counted(done, "cancelled", refused)
-
-
-@operation("delete")
-def op_delete(context, ids=(), skip=False):
-    """Delete jobs that have ended."""
-    def act(job):
-        expect(job, FINISHED)
-        context.store.delete([job.id])
-    done, refused = for_each(context, ids, skip, act)
-    return counted(done, "deleted", refused)
+@job_change("delete", done="deleted")
+def delete(context, job):
+    expect(job, FINISHED)
+    context.store.delete([job.id])
 
 
 @operation("pause")
 def op_pause(context, reason=""):
     """Start nothing new until `resume`."""
-    context.store.configure("paused", reason or "paused")
+    context.store.configure("paused", checked("reason", as_text, reason) or "paused")
     return reply("Queue paused")
 
 
@@ -2193,13 +2119,13 @@ def op_config_set(context, key=None, value=None):
 @operation("worker", "start")
 def op_worker_start(context, count=1):
     """Want so many workers more. Without a daemon nobody would start them."""
+    count, wanted = checked("count", as_count, count), context.store.settings["workers"]
     if not context.served:
-        raise NoDaemon("no daemon runs for %s; start one with: queuectl worker start" % context.store.path)
-    wanted = context.store.settings["workers"] + count
-    if wanted > MAX_WORKERS:
-        raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted - count))
-    context.store.configure("workers", wanted)
-    return reply("Started %s" % plural(count, "worker"), wanted=wanted)
+        raise NoDaemon(context.store.path)
+    if wanted + count > MAX_WORKERS:
+        raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted))
+    context.store.configure("workers", wanted + count)
+    return reply("Started %s" % plural(count, "worker"), wanted=wanted + count)
 
 
 @operation("worker", "stop")
@@ -2207,61 +2133,48 @@ def op_worker_stop(context, count=None, now=False):
     """Want so many workers fewer (None: none at all); `now`: their jobs are to be given back."""
     store = context.store
     wanted = store.settings["workers"]
-    left = 0 if count is None else max(wanted - count, 0)
-    store.configure("workers", left)
+    fewer = wanted if count is None else min(checked("count", as_count, count), wanted)
+    store.configure("workers", wanted - fewer)
     if now:
         store.wish_end("give back", slots=[slot for slot in store.open_slots()
-                                           if left < slot <= MAX_WORKERS])
-    return reply("Stopped workers" if count is None else "Stopped %s"
-                 % plural(wanted - left, "worker"), wanted=left)
+                                           if wanted - fewer < slot <= MAX_WORKERS])
+    return reply("Stopped " + ("workers" if count is None else plural(fewer, "worker")),
+                 wanted=wanted - fewer)
 
 
 # -- looks
 
 def status_of(store):
     """{"jobs", "workers"}, and "paused" in a pause."""
-    told = {"jobs": store.counts(), "workers": len(store.place.slots()) if store.place else 0}
-    store.refresh()
+    told = {"jobs": store.counts(), "workers": len(store.place.slots())}
     return told if store.paused is None else dict(told, paused=store.paused)
-
-
-def daemon_of(store):
-    """What the daemon of a Store's queue noted of itself; {} without one."""
-    return store.place.daemon() if store.place else {}
 
 
 def workers_of(store, now):
     """[dict] of the workers; `since`: of its job, or of its leisure."""
-    store.refresh()
     claims, found = {claim.slot: claim for claim in store.open_claims()}, []
-    for slot in store.place.slots() if store.place else ():
-        path, claim = store.place.file("w.%d" % slot), claims.get(slot)
-        since = claim.started_at if claim else now
-        with suppress(OSError):
-            since = claim.started_at if claim else int(os.stat(path).st_mtime * 1000)
+    for slot in store.place.slots():
+        note, claim = read_note(store.place.file("w.%d" % slot)), claims.get(slot)
         leaving = store.settings["workers"] < slot <= MAX_WORKERS
-        found.append({"pid": read_note(path).get("pid"),
+        found.append({"pid": note.get("pid"),
                       "state": "leaving" if leaving else "busy" if claim else "idle",
                       "job": claim and claim.job, "attempt": claim and claim.number,
-                      "since": iso(since)})
+                      "since": iso(claim.started_at if claim else note.get("at", now))})
     return found
 
 
 def metrics_of(store, now):
-    totals, counts, daemon = store.totals(), store.counts(), daemon_of(store)
-    done = totals["jobs_completed"]
-    uptime_s = max(now - daemon["since"], 0) // 1000 if "since" in daemon else 0
-    told = {
-        "total_jobs": sum(counts.values()), "completed_jobs": counts["completed"],
-        "uptime": "%d min" % (uptime_s // 60), "total_commands": store.total_commands(),
-        "average_runtime": round(totals["runtime_ms"] / 1000.0 / done, 3) if done else 0,
-        "max_runtime": totals["longest_ms"] / 1000.0,
-        "dead_jobs": counts["dead"], "workers_running": len(store.place.slots()) * bool(daemon)
-        if store.place else 0, "jobs": counts, "uptime_s": uptime_s,
-        "total_runtime": totals["runtime_ms"] / 1000.0, "database_bytes": store.size()}
-    for name in ("jobs_enqueued", "jobs_completed", "jobs_died", "failed_attempts"):
-        told[name] = totals[name]
-    return told
+    """{name: number} of what was counted, and of what is now."""
+    totals, counts, daemon = store.totals(), store.counts(), store.place.daemon()
+    uptime_s = max(now - daemon.get("since", now), 0) // 1000
+    runtime = totals.pop("runtime_ms") / 1000.0
+    told = {name: value for name, value in totals.items() if name not in STATES + ("changes",)}
+    return dict(told, total_jobs=sum(counts.values()), completed_jobs=counts["completed"],
+                uptime="%d min" % (uptime_s // 60), total_commands=store.total_commands(),
+                average_runtime=round(runtime / max(totals["jobs_completed"], 1), 3),
+                max_runtime=told.pop("longest_ms") / 1000.0, dead_jobs=counts["dead"],
+                workers_running=len(store.place.slots()), jobs=counts, uptime_s=uptime_s,
+                total_runtime=runtime, database_bytes=store.size())
 
 
 @operation("status", changes=False)
@@ -2272,31 +2185,13 @@ def op_status(context):
 @operation("list", changes=False)
 def op_list(context, state=None):
     """All jobs, or those in a state, as an iterator: they are sent piece by piece."""
-    store = context.store
-    return reply(job.public() for job in store.jobs(store.select([state] if state else ())))
+    store, states = context.store, [checked("state", one_of, state, STATES)] if state else ()
+    return reply(job.public() for job in store.jobs(store.select(states)))
 
 
 @operation("dlq", "list", changes=False)
 def op_dlq_list(context):
     return op_list(context, "dead")
-
-
-@operation("config", "get", changes=False)
-def op_config_get(context, key=None):
-    setting_of(key)
-    context.store.refresh()
-    return reply(context.store.settings[key])
-
-
-@operation("config", "list", changes=False)
-def op_config_list(context):
-    context.store.refresh()
-    return reply(dict(context.store.settings))
-
-
-@operation("worker", "list", changes=False)
-def op_worker_list(context):
-    return reply(workers_of(context.store, context.now))
 
 
 @operation("metrics", changes=False)
@@ -2306,13 +2201,13 @@ def op_metrics(context):
 
 def about_daemon(store, now):
     """What `daemon status` tells; Failure without one."""
-    daemon = daemon_of(store)
+    daemon = store.place.daemon()
     if not daemon:
-        raise NoDaemon("no daemon runs for %s; start one with: queuectl worker start" % store.path)
-    store.refresh()
-    return {"pid": daemon.get("pid"), "version": daemon.get("version"), "db": utf8(store.path),
-            "socket": daemon.get("socket"), "uptime_s": max(now - daemon.get("since", now), 0) // 1000,
-            "workers": len(store.place.slots()), "wanted": store.settings["workers"]}
+        raise NoDaemon(store.path)
+    return {"pid": daemon["pid"], "version": daemon["version"], "db": utf8(store.path),
+            "socket": daemon["socket"], "uptime_s": max(now - daemon["since"], 0) // 1000,
+            "workers": len(store.place.slots()), "wanted": store.settings["workers"],
+            "stopping": daemon["stopping"]}
 
 
 @operation("daemon", "status", changes=False)
@@ -2650,7 +2545,7 @@ class Worker:
                                   functools.partial(self.hears, claim)).run()
 
     def note(self, claim, **news):
-        write_note(self.slot_fd, dict(news, pid=os.getpid(), only=self.only))
+        write_note(self.slot_fd, dict(news, pid=os.getpid(), only=self.only, at=now_ms()))
 
     def found(self):
         """(Claim, Outcome) of the attempt that the last owner of the slot left open, once nothing
@@ -2708,13 +2603,10 @@ class Worker:
 
     def tell(self, claim, outcome, verdict, heir):
         """Log what an operator should know; wake the supervisor for what it has to see to."""
-        if verdict.state == "dead":
-            self.place.log("job dead: %s, %s" % (claim.job, verdict.error))
-        elif outcome.reason == "unstarted":
-            self.place.log("could not start job %s: %s" % (claim.job, outcome.detail))
-        elif verdict.error:
-            self.place.log("attempt %d of %d failed: %s, %s; next at %s" % (
-                verdict.attempts, claim.max_retries, claim.job, verdict.error, iso(verdict.due)))
+        error = outcome.detail if outcome.reason == "unstarted" else verdict.error
+        if error:
+            self.place.log("job %s is %s after attempt %d of %d: %s" % (
+                claim.job, verdict.state, verdict.attempts, claim.max_retries or 0, error))
         if self.sock and (verdict.due is not None or heir):
             with suppress(OSError):
                 self.sock.send(b"!")
@@ -2761,21 +2653,27 @@ def worker_main(sock, place, slot, slot_fd, visits, only, open_files):
 STARTS = 32  # children forked in one go
 
 
+def child_main(target, sock, args):
+    """Nothing of the parent's may be flushed, closed or finalized in a child."""
+    try:
+        target(sock, *args)
+        os._exit(0)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
 class Child:
     """A forked process, and the socket to it that ends with it."""
 
     def __init__(self, context, target, *args):
-        ours, theirs = socket.socketpair()
-        try:
+        self.sock, theirs = socket.socketpair()
+        self.sock.setblocking(False)
+        with theirs:
             self.process = context.Process(target=child_main, args=(target, theirs, args))
             self.process.start()
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        ours.setblocking(False)
-        self.sock = ours
         self.started = monotonic()
 
     def wake(self):
@@ -2790,18 +2688,6 @@ class Child:
             return False
         except OSError:
             return True
-
-
-def child_main(target, sock, args):
-    """Nothing of the parent's may be flushed, closed or finalized in a child."""
-    try:
-        target(sock, *args)
-        os._exit(0)
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    finally:
-        os._exit(1)
 
 
 class Pool:
@@ -2981,6 +2867,7 @@ class Pool:
     def force(self):
         """Have running jobs stopped, and their attempts given back."""
         self.stop()
+        self.store.patience_s = PATIENCE_S
         with self.store.transaction():
             self.store.wish_end("give back", slots=list(self.workers))
 
@@ -2988,15 +2875,6 @@ class Pool:
 # ---- Server -------------------------------------------------------------------------------------
 # A child of the daemon's supervisor: socketserver on the Unix socket, a thread for each connection,
 # one Store for all. What hurts it hurts no job: the supervisor holds the socket, and starts another.
-
-
-def encode(message):
-    return compact(message).encode() + b"\n"
-
-
-def error_answer(error):
-    """The answer for a Failure."""
-    return dict(success=False, message="Error: %s" % error, **error.details)
 
 
 def is_whole(inbox):
@@ -3033,36 +2911,36 @@ def receive(sock, inbox):
 
 
 def knock(path):
-    """What is at `path`: None nothing, "stale" a socket of ours that nobody serves, "live", or
-    "foreign": anything else."""
-    try:
+    """Whether somebody listens at the socket `path`, ours or root's; None: it is no such socket."""
+    with suppress(OSError):
         status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return "foreign"
-    if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
-        return "foreign"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return "stale"
-        except FileNotFoundError:
-            return None
-        except OSError:  # its backlog is full
-            pass
-    return "live"
+        if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    return False
+                except OSError:  # its backlog is full
+                    pass
+                return True
+    return None
+
+
+def check_socket_path(path):
+    """Refuse what doesn't fit a socket's address, with room for the name it is bound under."""
+    folder, name = os.path.split(path)
+    if len(os.fsencode(folder)) + 1 + max(len(os.fsencode(name)), 8) > MAX_SOCKET_PATH:
+        raise Failure("socket path %s is too long: at most %d bytes; give a shorter --socket"
+                      % (path, MAX_SOCKET_PATH))
 
 
 def listen_at(path):
     """A socket that listens at `path`, 0600 from its first instant. It listens under another name
     before `path` leads to it: in between it would look stale to others. A stale one is moved aside
     first, and must be the one that was found stale. FileExistsError if another was faster."""
-    folder = os.path.dirname(path)
-    hidden, aside = [os.path.join(folder, os.urandom(4).hex()) for _ in range(2)]
-    if knock(path) == "stale":
+    hidden, aside = [os.path.join(os.path.dirname(path), os.urandom(4).hex()) for _ in range(2)]
+    if knock(path) is False:
         before = os.lstat(path)
         os.rename(path, aside)
         if not os.path.samestat(os.lstat(aside), before):
@@ -3073,71 +2951,66 @@ def listen_at(path):
     umask = os.umask(0o177)
     try:
         listener.bind(hidden)
-    finally:
-        os.umask(umask)
-    try:
         listener.listen(128)
         os.link(hidden, path)
     finally:
-        os.unlink(hidden)
+        os.umask(umask)
+        with suppress(FileNotFoundError):
+            os.unlink(hidden)
     return listener
 
 
 def answer_to(store, data, look):
-    """The answer to the bytes of a request; whatever goes wrong in it is its own trouble alone."""
+    """Pieces of the answer to the bytes of a request; whatever goes wrong in it is its own trouble
+    alone. A list that is given as an iterator is sent row by row."""
     try:
         request = decode_json(data, "the request")
         if isinstance(request, dict) and request.get("db") not in (None, utf8(store.path)):
             raise Failure("the daemon here serves %s, not %s; leave out --socket and SOCKET_PATH"
                           % (store.path, request["db"]))
-        return perform(store, request, served=True, committed=look)
-    except Failure as error:
-        return error_answer(error)
-    except Exception as error:  # a bug must not end the queue
-        import traceback
-        store.place.log("internal error: %s" % traceback.format_exc())
-        return error_answer(Failure("internal error: %r; see %s" % (error,
-                                                                    store.place.file("log"))))
+        answer = perform(store, request, served=True, committed=look)
+    except Exception as error:
+        answer = refusal(error)
+        if not isinstance(error, Failure):  # a bug must not end the queue
+            import traceback
+            store.place.log("internal error: %s" % traceback.format_exc())
+    rows, start = answer["message"], '{"success":true,"message":['
+    if hasattr(rows, "__next__"):
+        for row in rows:
+            yield start + compact(row)
+            start = ","
+        yield start * (start != ",") + "]}\n"
+    else:
+        yield compact(answer) + "\n"
 
 
-def server_main(sock, place, listener):
-    """The whole life of the server process: it ends with its supervisor."""
+def refusal(error):
+    """The answer for an error."""
+    return dict(success=False, message="Error: %s" % (error if isinstance(error, Failure) else
+                                                      repr(error)), **getattr(error, "details", {}))
+
+
+def serve(place, store, listener, look):
+    """Answer requests on connections to `listener`, a thread each, for ever."""
     import socketserver
     import threading
-    close_descriptors({sock.fileno(), listener.fileno()})
-    default_signals()
-    store, places = Store(place), threading.Semaphore(MAX_CLIENTS)
-
-    def look():
-        with suppress(OSError):
-            sock.send(b"!", socket.MSG_DONTWAIT)
+    places = threading.Semaphore(MAX_CLIENTS)
 
     class Handler(socketserver.StreamRequestHandler):
         timeout, wbufsize = IDLE_S, -1
 
         def handle(self):
-            inbox, data = bytearray(), True
+            inbox, data = bytearray(), b"."
             with suppress(OSError):
                 while data:
                     try:
                         data = receive(self.request, inbox)
-                        answer = data and answer_to(store, data, look)
+                        pieces = answer_to(store, data, look) if data else ()
                     except Failure as error:  # where the next one would begin is unknown
-                        data, answer = None, error_answer(error)
-                    if answer:
-                        self.send(answer)
-
-        def send(self, answer):
-            """A list, given as an iterator, is sent row by row."""
-            rows, start = answer["message"], b'{"success":true,"message":['
-            if hasattr(rows, "__next__"):
-                for row in rows:
-                    self.wfile.write(start + compact(row).encode())
-                    start = b","
-                self.wfile.write((b"" if start == b"," else start) + b"]}\n")
-            else:
-                self.wfile.write(encode(answer))
-            self.wfile.flush()
+                        data, pieces = None, [compact(refusal(error)) + "\n"]
+                    for piece in pieces:
+                        self.wfile.write(piece.encode())
+                    self.wfile.flush()
 
         def finish(self):
             places.release()
@@ -3147,13 +3020,6 @@ def server_main(sock, place, listener):
     class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         daemon_threads = True
 
-        def get_request(self):
-            try:
-                return super().get_request()
-            except OSError:  # no descriptors: it would be ready for ever
-                sleep(BUSY_S)
-                raise
-
         def verify_request(self, request, _):
             """Only the owner of the queue gets in, and not too many; others are told."""
             ours = peer_uid(request) in (os.geteuid(), None)
@@ -3161,15 +3027,27 @@ def server_main(sock, place, listener):
                 return True
             with suppress(OSError):
                 request.setblocking(False)
-                request.send(encode(error_answer(Failure(
+                request.send(compact(refusal(Failure(
                     "too many connections; try again" if ours else
-                    "this queue belongs to another user"))))
+                    "this queue belongs to another user"))).encode() + b"\n")
             return False
 
     server = Server(place.socket, Handler, bind_and_activate=False)
     server.socket.close()
     server.socket = listener
-    threading.Thread(target=server.serve_forever, args=(3600,), daemon=True).start()
+    server.serve_forever(3600)
+
+
+def server_main(sock, place, listener):
+    """The whole life of the server process: it ends with its supervisor."""
+    import threading
+    close_descriptors({sock.fileno(), listener.fileno()})
+    default_signals()
+
+    def look():
+        with suppress(OSError):
+            sock.send(b"!", socket.MSG_DONTWAIT)
+    threading.Thread(target=serve, args=(place, Store(place), listener, look), daemon=True).start()
     while sock.recv(512):
         pass
 
@@ -3221,9 +3099,7 @@ class Daemon(Pool):
         self.server = None         # its Child
         self.lock = place.hold_daemon(2)
         self.listener, self.path = self.listen()
-        write_note(self.lock, {"pid": os.getpid(), "start": process_start(os.getpid()),
-                               "since": now_ms(), "version": VERSION, "socket": utf8(self.path)},
-                   1000)
+        self.note(stopping=False)
         with self.store.transaction():
             self.store.note_startup(now_ms())
             if workers is not None:
@@ -3232,30 +3108,24 @@ class Daemon(Pool):
         self.ending = Ending()
         self.watch(self.ending.fd, self.on_signal)
 
+    def note(self, stopping):
+        write_note(self.lock, {"pid": os.getpid(), "start": process_start(os.getpid()),
+                               "version": VERSION, "socket": utf8(self.path), "stopping": stopping,
+                               "since": now_ms()}, 1000)
+
     def slots(self):
         return range(1, 0 if self.stopping else self.store.settings["workers"] + 1)
 
     def listen(self):
         """(listener, path): at the socket given, or at the default one, or in DB-run if that is
         taken."""
-        path = self.place.socket
-        for _ in range(50):
-            state = knock(path)
-            if state in ("live", "foreign") and self.place.socket_given:
-                raise Failure("%s is %s; give another --socket" % (
-                    path, "served by another daemon" if state == "live"
-                    else "not a socket of yours"))
-            if state in ("live", "foreign"):
-                path = self.place.file("socket")
+        for path in [self.place.socket] + [self.place.file("socket")] * (not self.place.socket_given):
             check_socket_path(path)
             try:
                 return listen_at(path), path
-            except (FileExistsError, FileNotFoundError):  # another daemon was there first
-                continue
             except OSError as error:
-                raise Failure("can't listen at %s: %s; give another --socket"
-                              % (path, error.strerror))
-        raise Failure("%s is taken time and again; give another --socket" % path)
+                problem = error
+        raise Failure("can't listen at %s: %s; give another --socket" % (path, problem.strerror))
 
     def run(self, announce):
         """Serve until stopped."""
@@ -3263,82 +3133,67 @@ class Daemon(Pool):
             self.look()
             while len(self.workers) < len(self.slots()) and not self.pauses:
                 self.look()
-            self.log("started: queuectl %s, %s" % (VERSION, plural(len(self.slots()), "worker")))
+            told = plural(len(self.slots()), "worker")
+            self.log("started: queuectl %s, %s" % (VERSION, told))
             announce("queuectl %s daemon ready: pid %d, socket %s, database %s, %s" % (
-                VERSION, os.getpid(), self.path, self.place.db,
-                plural(len(self.slots()), "worker")))
+                VERSION, os.getpid(), self.path, self.place.db, told))
             notify("READY=1")
             while self.workers or not self.stopping:
                 self.step()
                 if self.force_at and monotonic() >= self.force_at:
+                    self.force_at = None
                     self.force()
             self.log("stopped")
         except Exception as error:
-            self.log("gives up: %s" % (str(error) or repr(error)))
+            self.log("gives up: %r" % error)
             raise
         finally:
             self.end_server()
 
     def converge(self, busy):
         super().converge(busy)
-        if not self.server and not self.stopping and monotonic() >= self.pauses.get(0, (0,))[0]:
+        if not self.server and not self.stopping:
             self.fork([self.start_server])
 
     def start_server(self):
         try:
             self.server = Child(self.context, server_main, self.place, self.listener)
+            self.watch(self.server.sock.fileno(), self.on_server)
         except OSError as error:
             self.log("can't start the server: %s" % error)
-            self.put_off(0)
-        else:
-            self.watch(self.server.sock.fileno(), self.on_server)
 
     def on_server(self):
+        """A request was stored; or the server has ended, and the next look starts another."""
         self.look_at = 0.0
         if self.server.ended():
+            self.look_at = monotonic() + BUSY_S
             self.forget(self.server)
             self.server = None
-            self.put_off(0)
 
     def on_signal(self):
         """The first one: an orderly stop; another: running jobs are stopped too."""
         for _ in self.ending.take():
             if self.stopping:
                 self.force_at = monotonic()
-            else:
-                self.log("stopping")
-                notify("STOPPING=1")
-                self.stop()
-                self.end_server()
-                self.force_at = self.grace is not None and monotonic() + self.grace / 1000.0
-
-    def force(self):
-        self.force_at = None
-        try:
-            super().force()
-        except StorageError as error:
-            self.log("storage trouble: %s" % error)
-            self.force_at = monotonic() + BUSY_S
+                continue
+            self.log("stopping")
+            notify("STOPPING=1")
+            self.note(stopping=True)
+            self.stop()
+            self.end_server()
+            self.force_at = None if self.grace is None else monotonic() + self.grace / 1000.0
 
     def end_server(self):
         """Nobody is let in any more: commands do without."""
         if self.listener:
             with suppress(OSError):
-                if os.path.samestat(os.lstat(self.path), os.stat(self.path)) and knock(self.path):
+                if self.listener.getsockname():
                     os.unlink(self.path)
             self.listener.close()
             self.listener = None
         if self.server:
             self.forget(self.server)
             self.server = None
-
-
-def check_socket_path(path):
-    """Refuse what doesn't fit a socket's address, with room for the name it is bound under."""
-    folder, name = os.path.split(path)
-    if len(os.fsencode(folder)) + 1 + max(len(os.fsencode(name)), 8) > MAX_SOCKET_PATH:
-        raise Failure("socket path %s is too long: at most %d bytes; give a shorter --socket"
-                      % (path, MAX_SOCKET_PATH))
 
 
 # ---- Client -------------------------------------------------------------------------------------
@@ -3411,83 +3266,87 @@ class Queue:
         self.note = note
         self.opened = None      # the Store
 
-    def change(self, command, option=None, **value):
-        """The answer to a request that changes the queue; Failure when it was refused."""
-        request = {"command": command, "option": option, "flag": None, "value": value,
-                   "version": VERSION, "once": os.urandom(12).hex()}
-        place = self.place
-        answer = self.ask_daemon(dict(request, db=utf8(place.db))
-                                 if place.db_given or not place.socket_given else request)
-        if answer is None:
-            other = command == "enqueue" and not place.exists() and self.other_queue()
-            if other:
-                raise Failure("%s does not exist; %s; or name the new queue with --db"
-                              % (place.db, other))
-            answer = perform(self.store(), request)
-            self.note("daemon not running; stored in %s" % place.db)
-        if answer.get("success") is True:
-            return answer
-        answer.pop("success", None)
-        message = str(answer.pop("message", None))
-        raise Failure(message[7:] if message.startswith("Error: ") else message, **answer)
-
-    def ask_daemon(self, request):
-        """The daemon's answer, None when nobody answers: at the socket given, else where it says
-        that it listens."""
-        place, noted = self.place, read_note(self.place.file("daemon")).get("socket")
-        if place.socket_given:
-            with suppress(Unreachable):
-                return ask(place.socket, request)
-            if "db" not in request:
-                raise Failure("no daemon at %s; name the queue with --db" % place.socket)
-        if noted:
-            if noted != DEFAULT_SOCKET and not place.socket_given:
-                self.mention_other()
-            with suppress(Unreachable):
-                return ask(os_path(noted), request)
-        self.mention_other()
-        return None
-
-    def store(self, make=True):
-        """The Store of the queue; one that isn't there is not made for a look."""
-        self.find()
-        if self.opened is None or self.opened.place is None and make:
-            there = make or self.place.exists()
-            self.opened = Store(self.place if there else None, patience_s=PATIENCE_S)
-        return self.opened
-
-    def look(self):
-        """The Store, for who only reads."""
-        store = self.store(make=False)
-        store.refresh()
-        return store
-
     def find(self):
         """Where only a socket was given, the daemon there names the database."""
         place = self.place
         if place.socket_given and not place.db_given:
-            with suppress(Unreachable, KeyError, TypeError):
-                about = ask(place.socket, {"command": "daemon", "option": "status"})["message"]
-                self.place = place._replace(db=os_path(about["db"]), db_given=True)
-                return
-            raise Failure("no daemon at %s; name the queue with --db" % place.socket)
+            self.place = place._replace(db=self.served_at(place.socket), db_given=True)
+
+    def served_at(self, path, patience_s=PATIENCE_S):
+        """The database that is served at a socket; a Failure if there is none."""
+        try:
+            return os_path(ask(path, {"command": "daemon", "option": "status"}, patience_s)[
+                "message"]["db"])
+        except (Unreachable, KeyError, TypeError):
+            raise Failure("no daemon at %s; name the queue with --db" % path)
 
     def other_queue(self):
         """A line for a user who gave nothing, if a daemon of theirs at the default socket serves
         another queue; else None."""
-        if self.place.db_given or self.place.socket_given or knock(DEFAULT_SOCKET) != "live":
-            return None
-        with suppress(Failure, KeyError, TypeError):
-            about = ask(DEFAULT_SOCKET, {"command": "daemon", "option": "status"}, 2)["message"]
-            if os_path(about["db"]) != self.place.db:
-                return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
-                    DEFAULT_SOCKET, about["db"], shell_quote(about["db"]))
+        if not (self.place.db_given or self.place.socket_given) and knock(DEFAULT_SOCKET):
+            with suppress(Failure):
+                db = self.served_at(DEFAULT_SOCKET, 2)
+                if db != self.place.db:
+                    return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
+                        DEFAULT_SOCKET, db, shell_quote(db))
         return None
 
-    def mention_other(self):
-        line = self.other_queue()
-        if line:
-            self.note(line)
+    def change(self, command, option=None, **value):
+        """The answer to a request that changes the queue: of the daemon, or, if nobody answers,
+        made here; Failure when it was refused."""
+        request = {"command": command, "option": option, "flag": None, "value": value,
+                   "version": VERSION, "once": os.urandom(12).hex()}
+        answer = self.ask_daemon(request)
+        if answer is None:
+            if command == "enqueue" and not self.place.exists() and self.other_queue():
+                raise Failure("%s does not exist; %s; or name the new queue with --db"
+                              % (self.place.db, self.other_queue()))
+            answer = perform(self.store(), request)
+            self.note("daemon not running; stored in %s" % self.place.db)
+        if answer.get("success") is True:
+            return answer
+        message = str(answer.get("message"))
+        raise Failure(message[7:] if message.startswith("Error: ") else message,
+                      **{name: answer[name] for name in answer if name == "index"})
+
+    def ask_daemon(self, request):
+        """The daemon's answer, None when nobody answers: at the socket given, else where it says
+        that it listens."""
+        place = self.place
+        if place.db_given or not place.socket_given:
+            request = dict(request, db=utf8(place.db))
+        for path in ([place.socket] * place.socket_given
+                     + [read_note(place.file("daemon")).get("socket")]):
+            with suppress(Unreachable):
+                if path:
+                    return ask(os_path(path), request)
+            if "db" not in request:
+                raise Failure("no daemon at %s; name the queue with --db" % place.socket)
+        return None
+
+    def store(self, make=True):
+        """The Store of the queue; one that isn't there is not made for a look."""
+        if self.opened is None or self.opened.memory and make:
+            self.find()
+            line = self.other_queue()
+            if line:
+                self.note(line)
+            self.opened = Store(self.place, patience_s=PATIENCE_S,
+                                memory=not make and not self.place.exists())
+        return self.opened
+
+    def look(self):
+        """The Store, for who only reads, with the settings of now."""
+        store = self.store(make=False)
+        store.refresh()
+        return store
+
+    def existing(self):
+        """The same; a Failure without a queue."""
+        self.find()
+        if not self.place.exists():
+            raise Failure("no queue at %s; name it with --db" % self.place.db)
+        return self.look()
 
 
 def call_words(place):
@@ -3522,11 +3381,10 @@ def start_in_background(place, *options):
 
 def is_worked(store, job_id):
     """Whether somebody works the job, or will: a daemon with workers, a `drain`, its `run`."""
-    if store.settings["workers"] and daemon_of(store):
-        return True
     notes = [read_note(store.place.file("w.%d" % slot)) for slot in store.place.slots()
-             if slot > MAX_WORKERS] if store.place else ()
-    return any(not note.get("only") or job_id in note["only"] for note in notes)
+             if slot > MAX_WORKERS]
+    return (store.settings["workers"] and store.place.daemon()
+            or any(not note.get("only") or job_id in note["only"] for note in notes))
 
 
 def hindrance(store, job_id=None):
@@ -3547,6 +3405,20 @@ def waiting_for(store, job, now):
     return hindrance(store, job.id) or "a free worker"
 
 
+def output_of(store, attempt, offset):
+    """(bytes of what an attempt wrote, where they start), from byte `offset` of it on, or from what
+    is left of it on; of an open one as much as there is now, up to a large piece."""
+    if attempt["finished_at"]:
+        start = max(offset, attempt["output_cut"])
+        return store.output(attempt["serial"], start - attempt["output_cut"]), start
+    while store.is_open(attempt["serial"]):
+        piece = read_running(store.place.file(attempt["serial"]), offset, 16 << 20)
+        if piece:
+            return piece[:2]
+        sleep(0.01)
+    return b"", offset
+
+
 def full_id(store, given):
     """The id that a user means: it, or the one that begins so."""
     found = store.ids_like(given) if is_text(given) else []
@@ -3556,40 +3428,32 @@ def full_id(store, given):
     return found[0]
 
 
-def shown(store, job_id, now):
-    """The job with its attempts, first to last, and what it waits for."""
-    job = known_job(store, job_id)
-    history = store.attempts(job_id) + [
-        dict(dict.fromkeys(ATTEMPT), number=claim.number, started_at=iso(claim.started_at),
-             serial=claim.serial) for claim in store.open_claims(job=job_id)]
-    return dict(job.public(), waiting_for=waiting_for(store, job, now), history=history)
-
-
-def judge(store, limits, name, now):
-    """(exit status, line) as monitoring plugins have them; `limits`: the highest values allowed,
-    None for any, of pending, dead, age (s) and of ended: s since a job called `name` completed."""
+def judge(store, max_pending, max_dead, max_age, name, within, now):
+    """(exit status, line) as monitoring plugins have them; the highest values allowed, None for any,
+    of pending and dead jobs, of the age of a ready one, and since a job called `name` completed."""
     def ago(ms):
         """In seconds, rounded up, so that nothing over a limit looks as if it weren't."""
         return None if ms is None else max(-((ms - now) // 1000), 0)
-    found, problems, data = store.counts(), [], []
-    found.update(age=ago(store.ready_since(now)) or 0, workers=len(store.place.slots()))
+    counts, workers, problems, data = store.counts(), len(store.place.slots()), [], []
+    rows = [("pending", counts["pending"], max_pending), ("dead", counts["dead"], max_dead),
+            ("age", ago(store.ready_since(now)) or 0, max_age and max_age // 1000),
+            ("workers", workers, None)]
     if name is not None:
-        found["ended"] = ago(store.completed_at(name, max(now - limits["ended"] * 1000, 0)))
-    names = {"ended": "time since %s completed" % (name or "").replace("|", "/")}
-    for key, value in found.items():
-        unit, limit = "s" if key in ("age", "ended") else "", limits.get(key)
-        data.append("%s=%s;;%s;0" % (key, "U" if value is None else "%d%s" % (value, unit),
+        rows.append(("completed", ago(store.completed_at(name, max(now - within, 0))),
+                     within // 1000))
+    for label, value, limit in rows:
+        data.append("%s=%s;;%s;0" % (label, "U" if value is None else value,
                                      "" if limit is None else limit))
         if limit is not None and (value is None or value > limit):
-            problems.append("%s is %s, over %d%s" % (
-                names.get(key, key), "unknown" if value is None else "%d%s" % (value, unit),
-                limit, unit))
-    waiting, status = found["pending"] + found["failed"], 2 if problems else 0
+            problems.append("%s is %s, over %d" % (
+                "time since %s completed" % name.replace("|", "/") if label == "completed"
+                else label, "unknown" if value is None else value, limit))
+    waiting, status = counts["pending"] + counts["failed"], 2 if problems else 0
     problems += ["paused"] * (store.paused is not None)
-    if waiting and not found["workers"]:
-        problems.append("no worker runs" if daemon_of(store) else "no daemon runs")
+    if waiting and not workers:
+        problems.append("no %s runs" % ("worker" if store.place.daemon() else "daemon"))
     status = status or int(bool(problems))
-    problems.append("%s waiting, %d dead" % (plural(waiting, "job"), found["dead"]))
+    problems.append("%s waiting, %d dead" % (plural(waiting, "job"), counts["dead"]))
     return status, "%s - %s | %s" % (("OK", "WARNING", "CRITICAL")[status],
                                      safe(", ".join(problems)), " ".join(data))
 
@@ -3622,50 +3486,40 @@ def lock_holders(path):
     return []
 
 
-def look_at_versions():
-    sqlite, text = sqlite_version(), ".".join(map(str, sqlite_version()))
-    if sqlite < (3, 7, 17):
-        raise Failure("SQLite %s is too old; use a Python with SQLite 3.7.17 or newer" % text)
-    return "queuectl %s, %s; Python %s, %s; SQLite %s" % (
-        VERSION, os.path.abspath(__file__), sys.version.split()[0], sys.executable, text)
-
-
-def look_at_folder(place):
+def look_at_folder(queue):
+    place, other = queue.place, queue.other_queue()
     folder = os.path.dirname(place.db)
+    if other:
+        raise Failure(other)
     place.check()
-    if os.statvfs(folder).f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK | os.X_OK):
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    if room.f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK | os.X_OK):
         raise Failure("%s can't be written; mount it for writing, or run: chmod u+rwx %s"
                       % (folder, folder))
     if others_can_write(os.stat(folder)) and not os.stat(folder).st_mode & stat.S_ISVTX:
         raise Failure("%s can be written by others; run: chmod go-w %s" % (folder, folder))
-    return "%s on %s" % (place.db, mount_of(place.db) or "an unknown file system")
-
-
-def look_at_disk(place):
-    room = os.statvfs(os.path.dirname(place.db))
-    free = room.f_bavail * room.f_frsize
     if free < LOW_DISK or room.f_files and not room.f_favail:
         raise Failure("only %d MiB and %d inodes are free for %s; free some, or use another --db"
                       % (free >> 20, room.f_favail, place.db))
-    return "%d MiB free" % (free >> 20)
+    return "%s (%s), on %s, %d MiB free" % (place.db, "given" if place.db_given else "the default",
+                                            mount_of(place.db) or "an unknown disk", free >> 20)
 
 
-def look_at_files(place):
-    for path, wanted in [(place.run, 0o700)] + [(path, 0o600) for path in (
-            place.db, place.db + "-wal", place.db + "-shm", *map(place.file, (
-                "lock", "door", "daemon", "log")))]:
-        with suppress(FileNotFoundError):
-            status = os.lstat(path)
-            mode = stat.S_IMODE(status.st_mode)
-            if wanted == 0o600:
-                check_regular(path, status)
+def look_at_files(queue):
+    place = queue.place
+    names = [place.db, place.db + "-wal", place.db + "-shm", place.daemon().get("socket") or "/dev/null/",
+             *map(place.file, ("lock", "door", "daemon", "log"))]
+    for path, wanted in [(place.run, 0o700)] + [(name, 0o600) for name in names]:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = stat.S_IMODE(os.lstat(path).st_mode)
             if mode != wanted:
                 raise Failure("%s has mode %04o; run: chmod %o %s" % (path, mode, wanted, path))
     return "private"
 
 
-def look_at_lock(place):
-    path, until = place.file("lock"), monotonic() + 3
+def look_at_lock(queue):
+    path, until = queue.place.file("lock"), monotonic() + 3
     while is_locked(path):
         if monotonic() > until:
             pids = " ".join(lock_holders(path)) or "of some process"
@@ -3675,64 +3529,48 @@ def look_at_lock(place):
     return "free"
 
 
-def look_at_daemon(place):
+def look_at_daemon(queue):
     """Its socket answers, it is of this version, and no other program has the database open."""
-    daemon = place.daemon()
+    place, daemon = queue.place, queue.place.daemon()
     strangers = set(processes(place.db)) - set(processes(place.file("lock")))
     if strangers:
         raise Failure("another program has %s open: pid %s; end it, or it may run jobs twice"
                       % (place.db, " ".join(map(str, sorted(strangers)))))
     if not daemon:
-        if place.socket_given and knock(place.socket) == "foreign":
-            raise Failure("%s is not a socket of yours; give another --socket" % place.socket)
         return "none runs"
     try:
-        about = ask(os_path(str(daemon.get("socket"))), {
-            "command": "daemon", "option": "status", "db": utf8(place.db)}, 5)["message"]
-        if about["version"] != VERSION:
-            raise Failure("the daemon is of another version, %s; restart it: queuectl daemon stop,"
-                          " worker start" % about["version"])
-        return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
+        about = ask(os_path(daemon["socket"]), {"command": "daemon", "option": "status"}, 5)["message"]
+        if about["version"] == VERSION:
+            return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
     except (Unreachable, KeyError, TypeError):
-        raise Failure("the daemon, pid %s, does not answer at %s; restart it: queuectl daemon stop,"
-                      " worker start" % (daemon.get("pid"), daemon.get("socket")))
+        pass
+    raise Failure("the daemon, pid %s, queuectl %s, does not answer at %s as queuectl %s does; restart"
+                  " it: queuectl daemon stop, then worker start" % (
+                      daemon["pid"], daemon["version"], daemon["socket"], VERSION))
 
 
-def look_at_integrity(place):
-    if not place.exists():
-        return "no database yet"
-    store = Store(place, patience_s=5)
-    try:
-        lines = store.integrity()
-    finally:
-        store.close()
+def look_at_database(queue):
+    place = queue.place
+    if not (place.exists() and os.path.isdir(place.run)):
+        return "not there yet"
+    lines = Store(place, patience_s=5).integrity()
     if lines:
         raise Failure("%s is damaged: %s; stop the daemon and restore a backup, or save what is left"
                       " with: sqlite3 %s .recover" % (place.db, ", ".join(lines), place.db))
-    return "ok"
+    return "sound, SQLite " + sqlite_version()
 
 
 def diagnose(queue):
     """What `doctor` finds: [{"check", "ok", "detail", "advice"}]. Nothing is made."""
-    findings, place = [], queue.place
-
-    def note(check, function, *args):
+    findings = [{"check": "versions", "ok": True, "advice": "", "detail": "queuectl %s, %s; Python %s,"
+                 " %s" % (VERSION, os.path.abspath(__file__), sys.version.split()[0],
+                          sys.executable)}]
+    for look in (look_at_folder, look_at_files, look_at_lock, look_at_daemon, look_at_database):
         try:
-            detail, ok, advice = function(*args), True, ""
+            detail, ok, advice = look(queue), True, ""
         except (Failure, OSError) as error:
             ok, (detail, _, advice) = False, str(error).partition("; ")
-        findings.append({"check": check, "ok": ok, "detail": detail, "advice": advice})
-
-    def look_at_queue():
-        if queue.other_queue():
-            raise Failure(queue.other_queue())
-        return "%s (%s)" % (place.db, "given" if place.db_given else "the default")
-    note("versions", look_at_versions)
-    note("queue", look_at_queue)
-    for check in (look_at_folder, look_at_disk, look_at_files, look_at_lock, look_at_daemon,
-                  look_at_integrity):
-        if check is look_at_integrity or os.path.isdir(os.path.dirname(place.db)):
-            note(check.__name__[8:], check, place)
+        findings.append({"check": look.__name__[8:], "ok": ok, "detail": detail, "advice": advice})
     return findings
 
 
@@ -3741,19 +3579,20 @@ def diagnose(queue):
 # people, on stderr.
 
 
-def pasted(line):
-    """`line` with the commands it names as they can be typed: see `main`, which sets CALL."""
-    return re.sub(r"(: |, then )queuectl (?=[a-z])", lambda match: match.group(1) + CALL + " ", line)
+CALL = "queuectl"  # how this program is called for this queue, see `call_as`
 
 
-CALL = "queuectl"  # how this program is called for this queue
-
-
-def call_as(words, db):
-    """Have commands named as they were called: by these words, for the queue `db` (None: it is
-    found without)."""
+def call_as(script, db):
+    """Have commands named as this one was called, for the queue `db` if that was given."""
     global CALL
-    CALL = " ".join(map(shell_quote, words + ([] if db is None else ["--db", db])))
+    words = ["python3"] * script.endswith(".py") + [script if "/" in script or script.endswith(".py")
+                                                    else os.path.basename(script)]
+    CALL = " ".join(map(shell_quote, words + ["--db", db] * bool(db)))
+
+
+def pasted(line):
+    """`line` with the commands that it names after a colon as they can be pasted."""
+    return re.sub(r"(?<=: )queuectl (?=[a-z-])", lambda _: CALL + " ", line)
 
 
 def utter(stream, text, fd):
@@ -3846,46 +3685,29 @@ def job_rows(jobs, now):
 
 def bar(done, total, failed, seconds):
     """How far it is: done of total, rate, time left, failures so far."""
-    rate = done / seconds if seconds > 0 else 0.0
-    filled = 20 * done // total if total else 20
-    left = " %s left" % lapse(int((total - done) / rate * 1000)) if rate and total > done else ""
-    return "[%s%s] %d/%d  %.1f/s%s%s" % ("#" * filled, "." * (20 - filled), done, total, rate, left,
-                                         "  %d failed" % failed if failed else "")
-
-
-def can_draw(stream):
-    """Whether it is a terminal that a line can be drawn anew on."""
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
-def coloured(text, colour):
-    """`text` in an ANSI colour, if stdout is a terminal that should have one."""
-    if not can_draw(sys.stdout) or os.environ.get("NO_COLOR"):
-        return text
-    return "\x1b[%dm%s\x1b[0m" % (colour, text)
+    rate = done / max(seconds, 0.001)
+    filled = 20 * done // max(total, 1)
+    return "[%s%s] %d/%d  %.1f/s%s%s" % (
+        "#" * filled, "." * (20 - filled), done, total, rate,
+        "  %s left" % lapse(int((total - done) / rate * 1000)) if total > done > 0 else "",
+        "  %d failed" % failed if failed else "")
 
 
 def frame(store, rate, now):
     """Lines of what `status --watch` shows: states, workers, running jobs, retries, deaths."""
-    shades = {"processing": 36, "completed": 32, "failed": 33, "dead": 31}
-    counts, workers = store.counts(), workers_of(store, now)
-    yield "  ".join(coloured("%s %d" % (state, count), shades.get(state, 0)) if count
-                    else "%s 0" % state for state, count in counts.items())
-    yield "%s%s%s" % (plural(len(workers), "worker"),
-                      "" if rate is None else ", %.1f jobs/s" % rate,
-                      "" if store.paused is None else ", PAUSED: %s" % safe(store.paused))
-    jobs = {worker["job"]: store.job(worker["job"]) for worker in workers if worker["job"]}
-    for worker in workers:
-        job = jobs.get(worker["job"])
+    workers = workers_of(store, now)
+    yield "  ".join("%s %d" % item for item in store.counts().items())
+    yield plural(len(workers), "worker") + ("" if rate is None else ", %.1f jobs/s" % rate) + (
+        "" if store.paused is None else ", PAUSED: " + safe(store.paused))
+    lines = [("runs %6s" % age(worker["since"], now), store.job(worker["job"]), "command")
+             for worker in workers if worker["job"]]
+    lines += [("next in " + lapse(max(job.due - now, 1000)), job, "error")
+              for job in store.next_retries(5)]
+    lines += [("died %s ago" % age(job.finished_at, now), job, "error")
+              for job in store.last_deaths(5)]
+    for what, job, field in lines:
         if job:
-            yield "  runs %6s  %s  %s" % (age(worker["since"], now), safe(job.id),
-                                          safe(job.command))
-    for job in store.next_retries(5):
-        yield "  next in %s  %s  %s" % (lapse(max(job.due - now, 1000)), safe(job.id),
-                                        safe(job.error or ""))
-    for job in store.last_deaths(5):
-        yield coloured("  died %s ago  %s  %s" % (age(job.finished_at, now), safe(job.id),
-                                                  safe(job.error or "")), 31)
+            yield "  %s  %s  %s" % (what, safe(job.id), safe(getattr(job, field) or ""))
 
 
 EXPOSITION = """\
@@ -3987,18 +3809,17 @@ class Drawing:
 
     def __init__(self, stream):
         self.stream = stream
-        self.able = can_draw(stream)
+        self.able = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.height = 0
 
     def show(self, lines):
-        if not self.able:
-            return
-        width, most = screen()
-        lines = [clipped(line, width - 1) for line in list(lines)[:max(most - 1, 1)]]
-        up = "\r\x1b[%dA" % (self.height - 1) if self.height > 1 else "\r"
-        utter(self.stream, up * (self.height > 0) + "\x1b[J" + "\n".join(lines),
-              self.stream.fileno())
-        self.height = len(lines)
+        if self.able:
+            width, most = screen()
+            lines = [line[:width - 1] for line in list(lines)[:max(most - 1, 1)]]
+            up = "\r\x1b[%dA" % (self.height - 1) if self.height > 1 else "\r"
+            utter(self.stream, up * (self.height > 0) + "\x1b[J" + "\n".join(lines),
+                  self.stream.fileno())
+            self.height = len(lines)
 
     def close(self):
         """Leave what stands there, and go on below."""
@@ -4007,110 +3828,122 @@ class Drawing:
             self.height = 0
 
 
-def clipped(line, width):
-    """`line` cut to `width` characters, not counting colours."""
-    shown, count = "", 0
-    for part in re.split("(\x1b\\[[0-9]+m)", line):
-        if not part.startswith("\x1b"):
-            part = part[:width - count]
-            count += len(part)
-        shown += part
-    return shown
-
-
 # ---- Commands -----------------------------------------------------------------------------------
 # One function a command, its arguments above it, its help and then its examples in its docstring.
 # Glue only.
 
-COMMANDS = {}  # "dlq retry" -> (function, arguments)
+COMMANDS = {}  # "dlq retry" -> (function, the text of its arguments)
 
 
-def arg(names, about=None, **options):
-    """An argument's names, and what argparse is told of it."""
-    return names.split(), dict(options, help=about)
-
-
-def subcommand(name, *arguments):
+def subcommand(name, arguments=""):
+    """Register a command; `arguments`: a line each, FLAGS METAVAR  about (see KINDS), a positional
+    one its name first, in brackets if it may be left out."""
     def register(function):
         COMMANDS[name] = (function, arguments)
         return function
     return register
 
 
-def flag_type(check):
-    """The type of an argparse argument: what `check` makes of its text."""
+class Once(argparse.Action):
+    """A flag that may be given once: the last of two would win in silence."""
+
+    def __call__(self, parser, args, values, option_string=None):
+        if getattr(args, self.dest) is not None:
+            raise argparse.ArgumentError(self, "is given twice, or with its like")
+        setattr(args, self.dest, values)
+
+
+def kind(check, **options):
+    """What argparse is told of an argument whose text `check` reads."""
     def convert(text):
         try:
             return check(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError("%s %s" % (text, error))
-    return convert
+    return dict(options, type=convert)
 
 
-switch = functools.partial(arg, action="store_true")
-duration_arg = functools.partial(arg, type=flag_type(as_ms), metavar="DUR")
-number_arg = functools.partial(arg, metavar="N", type=flag_type(number_from(0, 10 ** 9)))
-count_arg = functools.partial(arg, "-c --count", type=flag_type(number_from(1, MAX_WORKERS)),
-                              metavar="N")
+def pair(text):
+    """(name, value) of NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError("must be NAME=VALUE")
+    return name, value
 
 
-class Once(argparse.Action):
-    """A flag that may be given once: the last of two would win in silence."""
+KINDS = {  # metavar -> what argparse is told
+    "N": kind(number_from(0, 10 ** 9)),
+    "COUNT": kind(as_count),
+    "PRIORITY": kind(number_from(-1000, 1000)),
+    "TRIES": kind(number_from(1, 1000)),
+    "DUR": kind(as_ms),
+    "DELAY": kind(lambda text: iso(now_ms() + as_ms(text)), dest="run_after"),
+    "TIME": kind(lambda text: iso(next_time(text, now_ms())), dest="run_after"),
+    "DIR": kind(lambda text: utf8(os.path.abspath(os_path(text)))),
+    "K=V": kind(pair, action="append"),
+    "STATE": {"action": "append", "choices": STATES},
+    "SHELL": {"choices": ("bash", "fish", "zsh")},
+    "FORMAT": {"choices": ("json", "prometheus")},
+}
+GLOBAL = """
+    --db PATH      the queue's database (else DB_PATH)
+    --socket PATH  the daemon's socket (else SOCKET_PATH)
+    --json         JSON on a terminal too
+    --table        a table in a pipe too"""
+QUIET = """
+    -q --quiet     print ids only"""
+JOB = """
+    --id ID              default: made of the time
+    --priority PRIORITY  -1000 to 1000, higher first
+    --delay DELAY        not before so long from now: 90s, 5m
+    --at TIME            not before, local time: 03:00, '2026-12-01 10:00'
+    --timeout DUR        longest run of an attempt; a command has none unless given
+    --max-retries TRIES  attempts in all
+    --cwd DIR            where it runs (default: here)
+    --env K=V            added to its environment; may be repeated
+    --clean-env          without the environment of its caller
+    --unique KEY         store nothing while an unfinished job has this key"""
+LISTED = """
+    --state STATE  only those; may be repeated"""
+CHOSEN = """
+    ids [ID...]""" + LISTED + """
+    --all          all that can be"""
 
-    def __call__(self, parser, args, values, option_string=None):
-        if self.dest in args.given:
-            raise argparse.ArgumentError(self, "given twice")
-        args.given.add(self.dest)
-        setattr(args, self.dest, values)
 
-
-# The one place of each grammar: a job's flags, which jobs are meant, what is printed.
-WHAT = arg("job", "JSON, - for JSON Lines or an array from stdin, or a command after --",
-           nargs="?", metavar="JOB")
-JOB_FLAGS = (
-    arg("--id", "default: made of the time"),
-    arg("--priority", "-1000 to 1000, higher first", type=int, metavar="N"),
-    duration_arg("--delay", "not before so long from now: 90s, 5m"),
-    arg("--at", "not before, local time: 03:00, '2026-12-01 10:00'", metavar="TIME"),
-    duration_arg("--timeout", "longest run of an attempt; a command has none unless given"),
-    arg("--max-retries", "attempts in all", type=int, metavar="N"),
-    arg("--cwd", "where it runs (default: here)", metavar="DIR",
-        type=lambda text: utf8(os.path.abspath(os_path(text)))),
-    arg("--env", "added to its environment", action="append", metavar="K=V"),
-    switch("--clean-env", "without the environment of its caller"),
-    arg("--unique", "store nothing while an unfinished job has this key", metavar="KEY"))
-QUIET = switch("-q --quiet", "print ids only")
-STATE = arg("--state", "only these; may be repeated", action="append", choices=STATES, metavar="S")
-KEY = arg("key", ", ".join(SETTINGS))
-
-
-def selection(states):
-    return (arg("ids", nargs="*", metavar="ID"),
-            arg("--state", "all that are so: %s; may be repeated" % ", ".join(states),
-                action="append", choices=states, metavar="S"),
-            switch("--all", "all that can be"))
+def arguments_of(text):
+    """([names], options) for argparse of each line."""
+    for line in filter(str.strip, text.splitlines()):
+        words, _, about = line.strip().partition("  ")
+        *names, last = words.split()
+        name = last.strip("[.]")
+        options = {"help": about.strip(), "metavar": name}
+        if last[0] == "-":
+            names, options = names + [last], {"help": about.strip(), "action": "store_true"}
+        elif names[0][0] == "-":
+            options["action"] = Once
+        elif last != name:
+            options["nargs"] = "*" if "..." in last else "?"
+        yield names, dict(options, **KINDS.get(name, {}))
 
 
 def act_on(queue, args, states, done, *call):
     """Have the change `call` made to the jobs that are meant, some at a time; their ids."""
     if bool(args.ids) + bool(args.state) + args.all != 1:
         raise Usage("name the jobs, or give --state S, or --all")
-    store = queue.look()
+    store, count, refused = queue.look(), 0, []
     if args.ids:
         ids = [full_id(store, given) for given in args.ids]
         print_compact(reply(queue.change(*call, ids=ids)["message"]))
         return ids
     before = iso(now_ms() - args.older_than) if args.older_than else None
     ids = [job.id for job in store.jobs(store.select(args.state or states, before=before))]
-    count, refused = 0, []
     for at in range(0, len(ids), STEP):
         answer = queue.change(*call, ids=ids[at:at + STEP], skip=True)
         count, refused = count + answer["count"], refused + answer["refused"]
-    for line in refused[:1]:
-        tell("%d left out; the first: %s" % (len(refused), line))
-    (print_compact if not refused else silent)(reply("%s %s" % (plural(count, "job"), done)))
+    done = "%s %s" % (plural(count, "job"), done)
     if refused:
-        raise Failure("%s %s, %d refused" % (plural(count, "job"), done, len(refused)))
+        raise Failure("%s, %d refused; the first: %s" % (done, len(refused), refused[0]))
+    print_compact(reply(done))
     return ids
 
 
@@ -4124,14 +3957,12 @@ def print_value(args, value, lines):
     print_text("\n".join(lines) if for_people(args) else indented(value))
 
 
-def print_rows(args, rows, columns, key="id"):
-    """A list of dicts as JSON, ids alone, or a table for people."""
-    if getattr(args, "quiet", False):
-        sys.stdout.writelines("%s\n" % row[key] for row in rows)
-    elif for_people(args):
-        sys.stdout.writelines(line + "\n" for line in table(list(rows), columns))
-    else:
-        sys.stdout.writelines(json_list(rows))
+def print_rows(args, rows, columns):
+    """A list of dicts as JSON, the first column alone with -q, or a table for people."""
+    sys.stdout.writelines(
+        ("%s\n" % row[columns[0]] for row in rows) if args.quiet else
+        (line + "\n" for line in table(list(rows), columns)) if for_people(args) else
+        json_list(rows))
     sys.stdout.flush()
 
 
@@ -4145,33 +3976,26 @@ def caller_environment():
                                 rb"|QUEUECTL_RUN", name)}
 
 
+def working_directory():
+    """The directory a job runs in unless it says so itself."""
+    with suppress(OSError):
+        path = utf8(os.getcwd())
+        return path if is_text(path) else None
+
+
 def job_fields(args):
     """What the command line says of a job."""
     fields = {name: value for name, value in vars(args).items()
-              if name in FIELDS and value is not None and name != "env"}
+              if name in FIELDS and value is not None}
     if args.argv is not None:
-        if getattr(args, "job", None) is not None or not args.argv:
+        if args.job is not None or not args.argv:
             raise Usage("one command is needed, after --, like: -- make -j4")
         fields["command"] = (args.argv[0] if len(args.argv) == 1
                              else " ".join(map(shell_quote, args.argv)))
         fields.setdefault("timeout", 0)
     if args.env:
-        fields["env"] = dict(pair.partition("=")[::2] for pair in args.env)
-        if not all("=" in pair for pair in args.env):
-            raise Usage("--env takes NAME=VALUE")
-    if args.delay is not None and args.at is not None:
-        raise Usage("--delay and --at can't both be given")
-    if args.delay is not None:
-        fields["run_after"] = iso(now_ms() + args.delay)
-    elif args.at is not None:
-        fields["run_after"] = iso(checked("--at", next_time, args.at, now_ms()))
+        fields["env"] = dict(args.env)
     return fields
-
-
-def store_one(queue, args, job):
-    """The answer to the job that a command line makes."""
-    environ = None if args.argv is None or args.clean_env else caller_environment()
-    return queue.change("enqueue", job=job, cwd=working_directory(), environ=environ)
 
 
 def warn(answer):
@@ -4182,9 +4006,107 @@ def warn(answer):
         tell("no worker runs; start one with: queuectl worker start")
 
 
-def is_held(answer):
-    """Whether an enqueue was answered with the job that holds its unique key."""
-    return answer["message"] == "Job already queued"
+def store_one(queue, args, job):
+    """The answer to the job that a command line makes, and whether another holds its key."""
+    environ = None if args.argv is None or args.clean_env else caller_environment()
+    answer = queue.change("enqueue", job=job, cwd=working_directory(), environ=environ)
+    if not args.quiet:
+        warn(answer)
+    return answer, answer["message"] == "Job already queued"
+
+
+def read_job(job, fields):
+    """The job that a JSON text is; `fields`, what the flags say, win."""
+    job = decode_json(job, "the job") if isinstance(job, (bytes, str)) else job
+    if not isinstance(job, dict):
+        raise Failure(NO_JOB)
+    return dict(job, **fields)
+
+
+def batches(stream):
+    """Lists of (line number, job as bytes, or as an object of one array), each as large as one
+    request may be."""
+    batch, size = [], 0
+    for number, job in enumerate(stream, 1):
+        text = job if isinstance(job, bytes) else compact(job).encode()
+        if text.lstrip()[:1] == b"[" and not batch:
+            yield from batches(decode_json(text + stream.read(), "the array"))
+            return
+        if batch and (len(batch) == BATCH_JOBS or size + len(text) > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        if text.strip():
+            batch.append((number, job))
+            size += len(text)
+    if batch:
+        yield batch
+
+
+def enqueue_all(queue, args, fields):
+    """Store the jobs from stdin, in batches that are each stored whole or not at all."""
+    stored = held = last = 0
+    progress, answer = Drawing(sys.stderr), {}
+    for batch in batches(sys.stdin.buffer):
+        jobs = []
+        try:
+            for _, job in batch:
+                jobs.append(read_job(job, fields))
+            answer = queue.change("enqueue", "batch", jobs=jobs, cwd=working_directory())
+        except Failure as error:
+            wrong = len(jobs) if len(jobs) < len(batch) else error.details.get("index", 0)
+            raise Failure("line %d: %s; %s" % (
+                batch[wrong][0], error,
+                "lines 1 to %d are stored" % last if last else "nothing is stored"))
+        last = batch[-1][0]
+        stored, held = stored + answer["count"], held + len(batch) - answer["count"]
+        if args.quiet:
+            print_text("\n".join(answer["ids"]))
+        progress.show(["%d stored" % stored])
+    progress.close()
+    warn(answer)
+    if not args.quiet:
+        print_compact(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
+
+
+@subcommand("enqueue", """
+    job [JOB]            JSON, - for JSON Lines or an array from stdin, or a command after --"""
+            + JOB + QUIET)
+def cmd_enqueue(queue, args):
+    """Store a job. It is on disk when this returns. As JSON its fields are: command (required),
+    id, priority, run_after, timeout, max_retries, cwd, env, unique; a flag wins over a field.
+
+    enqueue '{"id":"hello","command":"echo Hello World"}'
+    enqueue --unique backup --timeout 2h -- tar -czf /srv/a.tgz /etc
+    enqueue - <jobs.jsonl"""
+    job = job_fields(args)
+    if args.job == "-":
+        return enqueue_all(queue, args, job)
+    if args.argv is None:
+        if args.job is None:
+            raise Usage("a job is missing: JSON, or a command after --, like: enqueue -- make -j4")
+        if args.job[:1] not in "{[\"'":
+            raise Failure(NO_JOB + "; a command goes after --, like: enqueue -- make -j4")
+        job = read_job(args.job, job)
+    answer, held = store_one(queue, args, job)
+    if args.quiet:
+        print_text(answer["id"])
+    else:
+        print_compact(reply(answer["message"], id=answer["id"]))
+        tell("id: %s" % answer["id"])
+        if not held:
+            tell("command: %s" % job["command"])
+
+
+@subcommand("daemon", """
+    --workers N  workers wanted from now on (default: as many as before)
+    --grace DUR  how long a stop waits for running jobs, like 30s (default: as long as it takes)""")
+def cmd_daemon(queue, args):
+    """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running
+    jobs, exit; a second one stops them and gives their attempts back.
+
+    daemon --workers 2
+    daemon --workers 4 --grace 60s"""
+    Daemon(queue.place, args.workers, args.grace).run(announce)
 
 
 class Wait:
@@ -4214,138 +4136,22 @@ def watching():
         raise KeyboardInterrupt("stopped watching; the jobs go on")
 
 
-def working_directory():
-    """The directory a job runs in unless it says so itself."""
-    with suppress(OSError):
-        path = utf8(os.getcwd())
-        return path if is_text(path) else None
-
-
-def lines_of(stream):
-    """(line number, job as JSON bytes or an object) of what `enqueue -` reads: a job a line, or one
-    array of jobs."""
-    first = stream.readline()
-    while first and not first.strip():
-        first = stream.readline()
-    if first.lstrip()[:1] == b"[":
-        jobs = decode_json(first + stream.read(), "the array")
-        yield from enumerate(jobs, 1)
-        return
-    for number, line in enumerate(itertools.chain([first], stream), 1):
-        if line.strip():
-            yield number, line
-
-
-def batches(jobs):
-    """Lists of these, each as large as one request may be."""
-    batch, size = [], 0
-    for number, job in jobs:
-        length = len(job) if isinstance(job, bytes) else len(compact(job))
-        if batch and (len(batch) == BATCH_JOBS or size + length > BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append((number, job))
-        size += length
-    if batch:
-        yield batch
-
-
-def read_job(job, fields):
-    """The job that a JSON text is; `fields`, what the flags say, win."""
-    job = decode_json(job, "the job") if isinstance(job, (bytes, str)) else job
-    if not isinstance(job, dict):
-        raise Failure(NO_JOB)
-    return dict(job, **fields)
-
-
-def enqueue_all(queue, args, fields):
-    """Store the jobs from stdin, in batches that are each stored whole or not at all."""
-    if sys.stdin is None:
-        raise Failure("there is nothing to read: stdin is closed")
-    stored = held = last = 0
-    progress, answer = Drawing(sys.stderr), {}
-    for batch in batches(lines_of(sys.stdin.buffer)):
-        jobs = []
-        try:
-            for _, job in batch:
-                jobs.append(read_job(job, fields))
-            answer = queue.change("enqueue", "batch", jobs=jobs, cwd=working_directory())
-        except Failure as error:
-            wrong = len(jobs) if len(jobs) < len(batch) else error.details.get("index", 0)
-            raise Failure("line %d: %s; %s" % (
-                batch[wrong][0], error,
-                "lines 1 to %d are stored" % last if last else "nothing is stored"))
-        last = batch[-1][0]
-        stored, held = stored + answer["count"], held + len(batch) - answer["count"]
-        if args.quiet:
-            print_text("\n".join(answer["ids"]))
-        progress.show(["%d stored" % stored])
-    progress.close()
-    warn(answer)
-    if not args.quiet:
-        print_compact(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
-
-
-@subcommand("enqueue", WHAT, *JOB_FLAGS, QUIET)
-def cmd_enqueue(queue, args):
-    """Store a job. It is on disk when this returns. As JSON its fields are: command (required),
-    id, priority, run_after, timeout, max_retries, cwd, env, unique; a flag wins over a field.
-
-    enqueue '{"id":"hello","command":"echo Hello World"}'
-    enqueue --unique backup --timeout 2h -- tar -czf /srv/a.tgz /etc
-    enqueue - <jobs.jsonl"""
-    fields = job_fields(args)
-    if args.job == "-":
-        enqueue_all(queue, args, fields)
-        return
-    if args.argv is None and args.job is None:
-        raise Usage("a job is missing: JSON, or a command after --, like: enqueue -- make -j4")
-    if args.argv is None and args.job[:1] not in "{[\"'":
-        raise Failure(NO_JOB + "; a command goes after --, like: enqueue -- make -j4")
-    job = fields if args.argv is not None else read_job(args.job, fields)
-    answer = store_one(queue, args, job)
-    warn(answer)
-    if args.quiet:
-        print_text(answer["id"])
-        return
-    print_compact(reply(answer["message"], id=answer["id"]))
-    tell("id: %s" % answer["id"])
-    if not is_held(answer):
-        tell("command: %s" % job["command"])
-
-
-@subcommand("daemon", arg("--workers", "workers wanted from now on (default: as many as before)",
-                          type=flag_type(number_from(0, MAX_WORKERS)), metavar="N"),
-            duration_arg("--grace", "how long a stop waits for running jobs, like 30s (default: as"
-                                    " long as it takes)"))
-def cmd_daemon(queue, args):
-    """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running
-    jobs, exit; a second one stops them and gives their attempts back.
-
-    daemon --workers 2
-    daemon --workers 4 --grace 60s"""
-    Daemon(queue.place, args.workers, args.grace).run(announce)
-
-
-def process_lives(daemon):
-    return bool(daemon) and process_start(daemon["pid"]) == daemon["start"]
-
-
-@subcommand("daemon stop", duration_arg("--grace", "stop jobs that still run after it"))
+@subcommand("daemon stop", """
+    --grace DUR  stop jobs that still run after it""")
 def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone.
 
     daemon stop --grace 30s"""
     queue.find()
     daemon, wait = queue.place.daemon(), Wait()
-    if not process_lives(daemon):
-        raise NoDaemon("no daemon runs for %s" % queue.place.db)
-    os.kill(daemon["pid"], signal.SIGTERM)
-    force_at = monotonic() + args.grace / 1000.0 if args.grace is not None else None
-    while process_lives(daemon):
-        if force_at is not None and monotonic() >= force_at:
+    if not daemon:
+        raise NoDaemon(queue.place.db)
+    signals = [0] if args.grace is None else [0, args.grace / 1000.0]  # s after which they are sent
+    start = monotonic()
+    while process_start(daemon["pid"]) == daemon["start"]:
+        if signals and monotonic() >= start + signals[0]:
             os.kill(daemon["pid"], signal.SIGTERM)
-            force_at = None
+            del signals[0]
         wait("running jobs; Ctrl-C ends only the waiting")
     print_compact(reply("Stopped daemon"))
 
@@ -4359,42 +4165,44 @@ def cmd_daemon_status(queue, args):
     print_value(args, about, pairs(about))
 
 
-def await_workers(queue, enough):
-    """Wait for a moment until that holds for the set of slots with a worker."""
+def await_workers(queue, done):
+    """Wait for a moment until done(workers)."""
     until = monotonic() + 2
-    while not enough(set(queue.place.slots())) and monotonic() < until:
+    while not done(workers_of(queue.look(), 0)) and monotonic() < until:
         sleep(0.01)
 
 
-@subcommand("worker start", count_arg("how many (default 1)", default=1))
+@subcommand("worker start", """
+    -c --count COUNT  how many (default 1)""")
 def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many.
 
     worker start --count 3"""
     try:
-        answer = queue.change("worker", "start", count=args.count)
-        queue.find()
-        await_workers(queue, lambda slots: slots >= set(range(1, answer.get("wanted", 0) + 1)))
+        answer = queue.change("worker", "start", count=args.count or 1)
+        await_workers(queue, lambda workers: len(workers) >= answer["wanted"])
     except NoDaemon:
-        tell(start_in_background(queue.place, "--workers", str(args.count)))
-        answer = reply("Started %s" % plural(args.count, "worker"))
-    print_compact(reply(answer["message"]))
+        tell(start_in_background(queue.place, "--workers", str(args.count or 1)))
+    print_compact(reply("Started %s" % plural(args.count or 1, "worker")))
 
 
-@subcommand("worker stop", count_arg("so many (default: all)"),
-            switch("--now", "stop their jobs, which are then run again"))
+@subcommand("worker stop", """
+    -c --count COUNT  so many (default: all)
+    --now             stop their jobs, which are then run again""")
 def cmd_worker_stop(queue, args):
     """End workers, each after its current job; they are no longer wanted.
 
     worker stop --count 1 --now"""
-    answer = queue.change("worker", "stop", count=args.count, now=args.now)
-    store, left = queue.look(), answer.get("wanted", 0)
-    await_workers(queue, lambda slots: not any(
-        left < slot <= MAX_WORKERS for slot in slots - set(() if args.now else store.open_slots())))
-    busy = sum(left < slot <= MAX_WORKERS for slot in store.open_slots())
-    if busy:
-        tell("%s finish their job first; to stop it: queuectl worker stop --now"
-             % plural(busy, "worker"))
+    answer, busy = queue.change("worker", "stop", count=args.count, now=args.now), []
+
+    def done(workers):
+        leaving = [worker["job"] for worker in workers if worker["state"] == "leaving"]
+        busy[:] = filter(None, leaving)
+        return len(busy) == len(leaving)
+    await_workers(queue, done)
+    if busy and not args.now:
+        tell("%s to finish first: %s; to stop them: queuectl worker stop --now"
+             % (plural(len(busy), "job"), " ".join(busy)))
     print_compact(reply(answer["message"]))
 
 
@@ -4407,49 +4215,37 @@ def cmd_worker_list(queue, args):
     workers = workers_of(queue.look(), now)
     if for_people(args):
         workers = [dict(worker, since=age(worker["since"], now)) for worker in workers]
-    print_rows(args, workers, ("pid", "state", "since", "attempt", "job"), key="pid")
+    print_rows(args, workers, ("pid", "state", "since", "attempt", "job"))
 
 
-def watch_status(queue):
-    """Draw the state of the queue anew, time and again; plain lines where it can't be drawn."""
-    drawing, samples, before = Drawing(sys.stdout), collections.deque(maxlen=50), None
-    try:
-        while True:
-            store = queue.look()
-            totals, counts = store.totals(), store.counts()
-            samples.append((monotonic(), totals["jobs_completed"] + totals["jobs_died"]))
-            (start, first), (end, last) = samples[0], samples[-1]
-            rate = (last - first) / (end - start) if end > start else 0.0
-            drawing.show(frame(store, rate, now_ms()))
-            plain = " ".join("%s %d" % pair for pair in counts.items())
-            if not drawing.able and plain != before:
-                print_text(plain)
-                before = plain
-            sleep(POLL_S)
-    finally:
-        drawing.close()
+def course(store, before):
+    """(jobs that are unfinished, that completed, that died) since the totals `before`."""
+    totals = store.totals()
+    return (sum(totals[state] for state in UNFINISHED),
+            totals["jobs_completed"] - before.get("jobs_completed", 0),
+            totals["jobs_died"] - before.get("jobs_died", 0))
 
 
-@subcommand("status", switch("--watch", "show it live until Ctrl-C"))
+@subcommand("status", """
+    --watch  show it live until Ctrl-C""")
 def cmd_status(queue, args):
     """Show the number of jobs in each state, and of workers.
 
     status --watch"""
-    if args.watch:
-        with watching():
-            watch_status(queue)
     store = queue.look()
-    print_value(args, status_of(store), frame(store, None, now_ms()))
-
-
-@subcommand("list", STATE, arg("--match", "in id or command", metavar="TEXT"),
-            number_arg("--limit", "the newest so many"), QUIET)
-def cmd_list(queue, args):
-    """Show jobs, oldest first.
-
-    list --state dead --state failed
-    list --match backup --limit 5"""
-    show_jobs(queue, args, args.state or (), args.match, args.limit)
+    if not args.watch:
+        return print_value(args, status_of(store), frame(store, None, now_ms()))
+    drawing, samples, before = Drawing(sys.stdout), collections.deque(maxlen=50), None
+    with watching():
+        while True:
+            samples.append((monotonic(), sum(course(queue.look(), {})[1:])))
+            (start, first), (end, last) = samples[0], samples[-1]
+            lines = list(frame(store, (last - first) / max(end - start, 0.001), now_ms()))
+            drawing.show(lines)
+            if not drawing.able and lines[0] != before:
+                print_text(lines[0])
+            before = lines[0]
+            sleep(POLL_S)
 
 
 def show_jobs(queue, args, states, match=None, limit=None):
@@ -4461,37 +4257,57 @@ def show_jobs(queue, args, states, match=None, limit=None):
     print_rows(args, job_rows(jobs, now_ms()) if people else jobs,
                ("id", "state", "age", "tries", "error", "command"))
     if len(newest) < len(rowids):
-        print_text("… and %d older; all of them: queuectl list --json" % (len(rowids) - len(newest)))
+        print_text(pasted("… and %d more; all of them: queuectl list --json"
+                          % (len(rowids) - len(newest))))
 
 
-@subcommand("show", arg("id", metavar="ID"))
+@subcommand("list", LISTED + """
+    --match TEXT   in id or command
+    --limit N      the newest so many""" + QUIET)
+def cmd_list(queue, args):
+    """Show jobs, oldest first.
+
+    list --state dead --state failed
+    list --match backup --limit 5"""
+    show_jobs(queue, args, args.state or (), args.match, args.limit)
+
+
+@subcommand("dlq list", QUIET)
+def cmd_dlq_list(queue, args):
+    """Show the dead jobs.
+
+    dlq list -q"""
+    show_jobs(queue, args, ("dead",))
+
+
+@subcommand("show", "id ID")
 def cmd_show(queue, args):
     """Show a job with its attempts and what it waits for.
 
     show hello
     show hello --json | grep error"""
     store = queue.look()
-    job = shown(store, full_id(store, args.id), now_ms())
-    lines = list(pairs(dict(job, history=None)))
-    if job["history"]:
-        lines += ["attempts"] + ["  " + line for line in table(
-            job["history"], ("number", "started_at", "finished_at", "error"))]
-    print_value(args, job, lines)
+    job = known_job(store, full_id(store, args.id))
+    told, history = dict(job.public(), waiting_for=waiting_for(store, job, now_ms())), [
+        dict(attempt) for attempt in store.attempts(job.id)]
+    lines = list(pairs(told)) + ["attempts:"] * bool(history) + list(table(
+        history, ("number", "started_at", "finished_at", "error")) if history else ())
+    print_value(args, dict(told, history=history), lines)
 
 
 class Tail:
-    """Hands on what a job writes, attempt by attempt, from that `serial` on."""
+    """Hands on what a job writes, attempt by attempt, from the one with that `serial` on. `say` is
+    told of attempts that failed."""
 
-    def __init__(self, queue, job_id, serial=0):
+    def __init__(self, queue, job_id, say, serial=0):
         self.queue = queue
         self.job_id = job_id
+        self.say = say
         self.serial = serial
-        self.offset = 0      # what is next of that attempt
-        self.printed = False
+        self.offset = 0  # what is next of that attempt
 
-    def hand_on(self, piece):
+    def hand_on(self, data, start):
         """Write a piece, bytes as they are; whether there was something."""
-        data, start, _ = piece or (b"", self.offset, 0)
         if start > self.offset:
             tell("%d bytes were cut here" % (start - self.offset))
         sys.stdout.buffer.write(data)
@@ -4499,40 +4315,29 @@ class Tail:
         self.offset = start + len(data)
         return bool(data)
 
-    def attempt(self, store, attempt):
-        """Hand on what is left of an attempt that has ended."""
-        if attempt["serial"] != self.serial:
-            self.serial, self.offset = attempt["serial"], 0
-        cut, end = attempt["output_cut"], attempt["output_cut"] + attempt["output_kept"]
-        while self.offset < end:
-            start = max(self.offset, cut)
-            self.hand_on((store.output(self.serial, start - cut, PIECE), start, end))
-
-    def step(self, say):
-        """(the Job, whether something was written), with all that was written until now; `say` is
-        told of attempts that failed."""
-        store = self.queue.look()
+    def step(self):
+        """(the Job, whether something was written) of all that was written until now."""
+        store, wrote = self.queue.look(), False
         job = known_job(store, self.job_id)
         for attempt in store.attempts(self.job_id):
-            if attempt["serial"] >= self.serial:
-                self.attempt(store, attempt)
-                self.serial, self.offset = attempt["serial"] + 1, 0
-                if job.state not in FINISHED:
-                    say("attempt %d of %d failed: %s; next %s" % (
-                        job.attempts, job.max_retries, attempt["error"],
-                        "in " + lapse(max(job.due - now_ms(), 0) + 999) if job.due else "now"))
-        wrote = False
-        for claim in store.open_claims(job=self.job_id):
-            if claim.serial > self.serial:
-                self.serial, self.offset = claim.serial, 0
-            wrote = self.hand_on(read_running(store.place.file(claim.serial), self.offset, PIECE))
+            if attempt["serial"] > self.serial:
+                self.serial, self.offset = attempt["serial"], 0
+            if attempt["serial"] == self.serial:
+                wrote = self.hand_on(*output_of(store, attempt, self.offset))
+                if attempt["finished_at"]:
+                    self.serial, self.offset = self.serial + 1, 0
+                    if job.state not in FINISHED:
+                        self.say("attempt %d of %d failed: %s; next in %s" % (
+                            job.attempts, job.max_retries, attempt["error"],
+                            lapse(max((job.due or 0) - now_ms(), 0) + 999)))
         return job, wrote
 
 
-@subcommand("logs", arg("id", metavar="ID"),
-            number_arg("--attempt", "that attempt (default: the last)"),
-            number_arg("-n --lines", "only the last so many lines"),
-            switch("-f --follow", "to the end of the job"))
+@subcommand("logs", """
+    id ID
+    --attempt N   that attempt (default: the last)
+    -n --lines N  only the last so many lines
+    -f --follow   to the end of the job""")
 def cmd_logs(queue, args):
     """Print what a job wrote, bytes as they were. -f follows it, and waits for it to start.
 
@@ -4541,83 +4346,60 @@ def cmd_logs(queue, args):
     logs hello --attempt 1 -n 20"""
     store = queue.look()
     job_id = full_id(store, args.id)
-    running, past = store.open_claims(job=job_id), store.attempts(job_id)
+    found = [attempt for attempt in store.attempts(job_id)
+             if args.attempt in (None, attempt["number"])][-1:]
+    tail, wait = Tail(queue, job_id, tell, found[0]["serial"] if found else 0), Wait()
     if args.follow:
-        start = running[0].serial if running else past[-1]["serial"] if past else 0
-        tail, wait = Tail(queue, job_id, start), Wait()
         with watching():
-            job, wrote = tail.step(tell)
+            job, wrote = tail.step()
             while job.state not in FINISHED:
                 wrote or wait(waiting_for(store, job, now_ms()))
-                job, wrote = tail.step(tell)
-        return 0
-    chosen = [attempt for attempt in past if args.attempt in (None, attempt["number"])][-1:]
-    open_ones = [claim for claim in running if args.attempt in (None, claim.number)]
-    if not chosen and not open_ones:
+                job, wrote = tail.step()
+    elif not found:
         raise Failure("job %s has %s; see: queuectl show %s" % (
-            job_id, "no such attempt" if args.attempt else "not run yet", job_id))
-    tail = Tail(queue, job_id)
-    if open_ones:
-        path = store.place.file(open_ones[0].serial)
-        data, start, _ = (None, 0, 0)
-        while data is None and store.is_open(open_ones[0].serial):
-            data, start, _ = read_running(path, 0, 1 << 30) or (None, 0, 0)
-        data = data or b""
+            job_id, "no such attempt" if args.attempt else
+            "not run yet; follow it with: queuectl logs -f " + job_id, job_id))
     else:
-        attempt = chosen[0]
-        data, start = store.output(attempt["serial"], 0, 1 << 30), attempt["output_cut"]
-    if args.lines is not None:
-        kept = data.splitlines(True)[-args.lines:] if args.lines else []
-        tail.offset = start = start + len(data) - sum(map(len, kept))
-        data = b"".join(kept)
-    tail.hand_on((data, start, 0))
-
-
-def ended_with(code, message):
-    """A Failure with that exit status."""
-    error = Failure(message)
-    error.exit_code = code
-    return error
+        data, start = output_of(store, found[0], 0)
+        if args.lines is not None:
+            kept = b"".join(data.splitlines(True)[len(data.splitlines()) - args.lines:]
+                            if args.lines < len(data.splitlines()) else [data])
+            tail.offset = start = start + len(data) - len(kept)
+            data = kept
+        tail.hand_on(data, start)
 
 
 def failure_of(job_id, state, exit_code, error):
-    """None for a job that completed; else a Failure with its exit code, 125 if it has none."""
-    if state == "completed":
-        return None
-    return ended_with(exit_code or 125, "job %s %s: %s; see: queuectl logs %s" % (
+    """The Failure for a job that did not complete, with its exit code, 125 if it has none."""
+    failure = Failure("job %s %s: %s; see: queuectl logs %s" % (
         job_id, "died" if state == "dead" else "was " + state, error, job_id))
+    failure.exit_code = exit_code or 125
+    return failure
 
 
-@subcommand("wait", arg("ids", "default: until the queue is empty", nargs="*", metavar="ID"))
+@subcommand("wait", "ids [ID...]  default: until the queue is empty")
 def cmd_wait(queue, args):
     """Wait until jobs have ended. One id: exits with the job's exit code (125 if it has none);
     several, or none given: 0 all completed, 1 not. For a limit there is timeout(1).
 
     wait hello
     timeout 10m queuectl wait job-1 job-2"""
-    store, ended = queue.look(), {}
+    store, ended, left = queue.look(), {}, 1
     ids = list(dict.fromkeys(full_id(store, given) for given in args.ids))
     before, drawing, start, wait = store.totals(), Drawing(sys.stderr), monotonic(), Wait()
     with watching():
-        while True:
-            store = queue.look()
-            left = [job_id for job_id in ids if job_id not in ended]
-            for at in range(0, len(left), PAGE):
-                for job_id, *end in store.states(left[at:at + PAGE]):
+        while left:
+            for at in range(0, len(ids), PAGE):
+                for job_id, *end in queue.look().states(ids[at:at + PAGE]):
                     if end[0] in FINISHED:
                         ended[job_id] = end
-            totals = store.totals()
-            died = totals["jobs_died"] - before["jobs_died"]
-            open_now = sum(totals[state] for state in UNFINISHED)
-            done, total = len(ended), len(ids)
-            if not ids:
-                done = totals["jobs_completed"] - before["jobs_completed"] + died
-                total = done + open_now
-            failed = sum(end[0] != "completed" for end in ended.values()) if ids else died
-            drawing.show([bar(done, total, failed, monotonic() - start)])
-            if done >= total:
-                break
-            wait(hindrance(store))
+            left, done, failed = course(store, before)
+            if ids:
+                left, done = len(ids) - len(ended), len(ended)
+                failed = sum(end[0] != "completed" for end in ended.values())
+            drawing.show([bar(done + failed * (not ids), left + done, failed, monotonic() - start)])
+            if left:
+                wait(hindrance(queue.look()))
     drawing.close()
     if failed and len(ids) == 1:
         raise failure_of(ids[0], *ended[ids[0]])
@@ -4626,17 +4408,23 @@ def cmd_wait(queue, args):
     print_compact(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty"))
 
 
-def own_pool(queue, count, only=None):
-    """A Pool of this process's own."""
-    return Pool(queue.store(), range(MAX_WORKERS + 1, MAX_WORKERS + 1 + count), only)
+def own_pool(queue, ending, count, only=None):
+    """A Pool of this process's own, which a signal wakes."""
+    pool = Pool(queue.store(), range(MAX_WORKERS + 1, MAX_WORKERS + 1 + count), only)
+    pool.watch(ending.fd, int)
+    return pool
 
 
-def attend(queue, job_id, ending, say, tail):
-    """See a job through, by a worker of our own while nobody else works it; the Job. A signal
-    cancels it; another, not at once, ends the waiting."""
+def attend(queue, job_id, ending, tail):
+    """See a job through, by a worker of our own while nobody else works it; the Job. A signal, or a
+    reader that has gone, cancels it; another signal, not at once, ends the waiting."""
     pool, wait, heard_at = None, Wait(lambda s: select.select([ending.fd], (), (), s)), None
     while True:
-        job, wrote = tail.step(say) if tail else (known_job(queue.look(), job_id), False)
+        try:
+            job, wrote = tail.step() if tail else (known_job(queue.look(), job_id), False)
+        except OSError:
+            tail, ending.numbers = None, [signal.SIGPIPE]
+            continue
         if job.state in FINISHED:
             break
         if ending.take():
@@ -4646,12 +4434,11 @@ def attend(queue, job_id, ending, say, tail):
             elif monotonic() > heard_at + TWICE_S:
                 raise Failure("job %s is left as it is; see: queuectl show %s" % (job_id, job_id))
         if pool is None and not is_worked(queue.look(), job_id):
-            pool = own_pool(queue, 1, [job_id])
-            pool.watch(ending.fd, int)
+            pool = own_pool(queue, ending, 1, [job_id])
             wait.step = pool.step
         if pool and (job.ready or job.due and job.due <= now_ms()):
             pool.look_at = 0.0
-        wrote or wait(waiting_for(queue.look(), job, now_ms()) if say is tell else None)
+        wrote or wait(tail and waiting_for(queue.look(), job, now_ms()))
     if pool:  # for the `on-dead` job
         pool.own = []
         while pool.workers:
@@ -4659,7 +4446,8 @@ def attend(queue, job_id, ending, say, tail):
     return job
 
 
-@subcommand("run", *JOB_FLAGS, switch("--quiet", "print nothing unless the job dies"))
+@subcommand("run", JOB + """
+    --quiet              print nothing unless the job dies""")
 def cmd_run(queue, args):
     """Enqueue a command, wait, hand on its output and exit code. For crontabs. Where nobody works
     it works its own job. Ctrl-C or SIGTERM cancels the job; with --unique and the key held nothing
@@ -4669,29 +4457,27 @@ def cmd_run(queue, args):
     run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"""
     if args.argv is None:
         raise Usage("a command is missing, after --, like: run --quiet -- make")
-    say, ending = silent if args.quiet else tell, Ending()
-    queue.note = silent
-    answer = store_one(queue, args, job_fields(args))
+    say, ending, queue.note = silent if args.quiet else tell, Ending(), silent
+    answer, held = store_one(queue, args, job_fields(args))
     job_id = answer["id"]
-    if is_held(answer):
+    if held:
         say("job %s has this key and is unfinished; nothing was started" % job_id)
         if not is_worked(queue.look(), job_id):  # its `run`, or its daemon, is gone
-            attend(queue, job_id, ending, silent, None)
+            attend(queue, job_id, ending, None)
         return 0
-    if not args.quiet:
-        warn(answer)
-    job = attend(queue, job_id, ending, say, None if args.quiet else Tail(queue, job_id))
-    failure = failure_of(job_id, job.state, job.exit_code, job.error)
-    if failure is None:
+    job = attend(queue, job_id, ending, None if args.quiet else Tail(queue, job_id, tell))
+    if job.state == "completed":
         return 0
     if args.quiet:
-        Tail(queue, job_id, max([attempt["serial"] for attempt in
-                                 queue.look().attempts(job_id)], default=0)).step(silent)
+        last = [attempt["serial"] for attempt in queue.look().attempts(job_id)][-1:]
+        Tail(queue, job_id, silent, *last).step()
+    failure = failure_of(job_id, job.state, job.exit_code, job.error)
     tell(str(failure))
-    return 130 if job.state == "cancelled" and ending.first == signal.SIGINT else failure.exit_code
+    return 130 if ending.first == signal.SIGINT else failure.exit_code
 
 
-@subcommand("drain", count_arg("so many workers (default 1)", default=1))
+@subcommand("drain", """
+    -c --count COUNT  so many workers (default 1)""")
 def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
     or waiting for another try; exits 1 if a job died.
@@ -4699,28 +4485,25 @@ def cmd_drain(queue, args):
     drain --count 4"""
     ending, store = Ending(), queue.store()
     before, start, drawing = store.totals(), monotonic(), Drawing(sys.stderr)
-    pool = own_pool(queue, args.count)
-    pool.watch(ending.fd, int)
+    pool = own_pool(queue, ending, args.count or 1)
     while pool.workers or not pool.stopping:
         pool.step()
-        totals = store.totals()
-        died = totals["jobs_died"] - before["jobs_died"]
-        done = totals["jobs_completed"] - before["jobs_completed"] + died
-        drawing.show([bar(done, done + sum(totals[state] for state in UNFINISHED), died,
-                          monotonic() - start)])
+        left, done, died = course(store, before)
+        drawing.show([bar(done + died, left + done + died, died, monotonic() - start)])
         if ending.take():
             (pool.force if pool.stopping else pool.stop)()
         elif not store.unsettled(now_ms()):
             pool.stop()
     drawing.close()
     if ending.first:
-        raise Failure("stopped before the queue was drained; the rest is kept")
+        raise (KeyboardInterrupt if ending.first == signal.SIGINT else Failure)(
+            "stopped before the queue was drained; the rest is kept")
     if died:
         raise Failure("%s died; see: queuectl dlq list" % plural(died, "job"))
     print_compact(reply("Queue drained"))
 
 
-@subcommand("retry", *selection(FINISHED + ("failed",)))
+@subcommand("retry", CHOSEN)
 def cmd_retry(queue, args):
     """Run jobs that have ended again; have failed ones tried now.
 
@@ -4729,33 +4512,43 @@ def cmd_retry(queue, args):
     act_on(queue, args, FINISHED + ("failed",), "added to queue", "retry")
 
 
-@subcommand("cancel", *selection(UNFINISHED))
-def cmd_cancel(queue, args):
-    """Cancel jobs: waiting ones at once, running ones when all their processes are stopped.
+@subcommand("dlq retry", """
+    ids [ID...]
+    --all  all dead jobs""")
+def cmd_dlq_retry(queue, args):
+    """Queue dead jobs again, their attempts back at 0.
 
-    cancel hello
-    cancel --state pending"""
-    ids, wait = act_on(queue, args, UNFINISHED, "cancelled", "cancel"), Wait()
-    store = queue.look()
-    with watching():
-        for at in range(0, len(ids), PAGE):
-            while any(state == "processing" for _, state, _, _ in store.states(ids[at:at + PAGE])):
-                settle_open(queue)
-                wait("running jobs to stop")
+    dlq retry hello
+    dlq retry --all"""
+    act_on(queue, args, ("dead",), "added to queue", "dlq", "retry")
 
 
 def settle_open(queue):
     """Where no daemon does it: stop and record the attempts whose worker is gone."""
     store = queue.store()
-    if not daemon_of(store) and set(store.open_slots()) - set(store.place.slots()):
+    if not store.place.daemon() and set(store.open_slots()) - set(store.place.slots()):
         pool = Pool(store)
         pool.look()
         while pool.workers:
             pool.step()
 
 
-@subcommand("delete", *selection(FINISHED),
-            duration_arg("--older-than", "only those that ended so long ago", default=0))
+@subcommand("cancel", CHOSEN)
+def cmd_cancel(queue, args):
+    """Cancel jobs: waiting ones at once, running ones when all their processes are stopped.
+
+    cancel hello
+    cancel --state pending"""
+    ids, wait = act_on(queue, args, UNFINISHED, "cancelled", "cancel"), Wait()
+    with watching():
+        for at in range(0, len(ids), PAGE):
+            while any(row[1] == "processing" for row in queue.look().states(ids[at:at + PAGE])):
+                settle_open(queue)
+                wait("running jobs to stop")
+
+
+@subcommand("delete", CHOSEN + """
+    --older-than DUR  only those that ended so long ago""")
 def cmd_delete(queue, args):
     """Delete jobs that have ended, with their attempts and output.
 
@@ -4764,7 +4557,8 @@ def cmd_delete(queue, args):
     act_on(queue, args, FINISHED, "deleted", "delete")
 
 
-@subcommand("pause", arg("--reason", "shown by status", default="", metavar="TEXT"))
+@subcommand("pause", """
+    --reason TEXT  shown by status""")
 def cmd_pause(queue, args):
     """Start nothing new; running jobs go on. Kept over restarts.
 
@@ -4780,25 +4574,9 @@ def cmd_resume(queue, args):
     print_compact(queue.change("resume"))
 
 
-@subcommand("dlq list", QUIET)
-def cmd_dlq_list(queue, args):
-    """Show the dead jobs.
-
-    dlq list -q"""
-    show_jobs(queue, args, ("dead",))
-
-
-@subcommand("dlq retry", arg("ids", "a dead job", nargs="*", metavar="ID"),
-            switch("--all", "all dead jobs"))
-def cmd_dlq_retry(queue, args):
-    """Queue dead jobs again, their attempts back at 0.
-
-    dlq retry hello
-    dlq retry --all"""
-    act_on(queue, args, ("dead",), "added to queue", "dlq", "retry")
-
-
-@subcommand("config set", KEY, arg("value"))
+@subcommand("config set", """
+    key KEY      see: config list
+    value VALUE""")
 def cmd_config_set(queue, args):
     """Change a setting. Times are milliseconds, or like 90s, 5m, 1h30m; `default` puts it back.
 
@@ -4810,7 +4588,7 @@ def cmd_config_set(queue, args):
     print_compact(reply(answer["message"]))
 
 
-@subcommand("config get", KEY)
+@subcommand("config get", "key KEY  see: config list")
 def cmd_config_get(queue, args):
     """Show a setting.
 
@@ -4828,7 +4606,8 @@ def cmd_config_list(queue, args):
     print_value(args, settings, pairs(settings))
 
 
-@subcommand("metrics", arg("--format", "for a collector", choices=("json", "prometheus")))
+@subcommand("metrics", """
+    --format FORMAT  json, or prometheus for its collectors""")
 def cmd_metrics(queue, args):
     """Show counters and run times.
 
@@ -4840,12 +4619,12 @@ def cmd_metrics(queue, args):
         print_value(args, metrics, pairs(metrics))
 
 
-@subcommand("check", number_arg("--max-pending", "most pending jobs"),
-            number_arg("--max-dead", "most dead jobs"),
-            duration_arg("--max-age", "longest that a ready job may have waited, like 10m"),
-            arg("--completed", "a job whose id begins so, or with this key, must have completed",
-                metavar="NAME"),
-            duration_arg("--within", "not longer ago than this"))
+@subcommand("check", """
+    --max-pending N   most pending jobs
+    --max-dead N      most dead jobs
+    --max-age DUR     longest that a ready job may have waited, like 10m
+    --completed NAME  a job whose id begins so, or with this key, must have completed
+    --within DUR      not longer ago than this""")
 def cmd_check(queue, args):
     """Judge the queue as a monitoring plugin. It says one line and exits 0 OK, 1 WARNING (jobs wait
     and nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error).
@@ -4854,25 +4633,19 @@ def cmd_check(queue, args):
     check --completed backup- --within 26h"""
     if (args.completed is None) != (args.within is None):
         raise Usage("--completed and --within go together")
-    store = queue.look()
-    if store.place is None:
-        raise Failure("no queue at %s; name it with --db" % queue.place.db)
-    age_s, ended_s = (ms and ms // 1000 for ms in (args.max_age, args.within))
-    status, line = judge(store, {"pending": args.max_pending, "dead": args.max_dead, "age": age_s,
-                                 "ended": ended_s}, args.completed, now_ms())
+    status, line = judge(queue.existing(), args.max_pending, args.max_dead, args.max_age,
+                         args.completed, args.within, now_ms())
     print_text(line)
     return status
 
 
-@subcommand("backup", arg("file", "a file that does not exist yet", metavar="FILE"))
+@subcommand("backup", "file FILE  one that does not exist yet")
 def cmd_backup(queue, args):
     """Copy the database while jobs run. The copy holds all that was acknowledged before, is
     checked, 0600, and a queue like any other: DB_PATH=FILE.
 
     backup /var/backups/queue-$(date +%F).db"""
-    store = queue.look()
-    if store.place is None:
-        raise Failure("no queue at %s; name it with --db" % queue.place.db)
+    store = queue.existing()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half of it is left
     count = back_up(store, os.path.abspath(os_path(args.file)))
     print_compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
@@ -4889,13 +4662,14 @@ def cmd_doctor(queue, args):
     findings = diagnose(queue)
     wrong = ["%(check)s: %(detail)s; %(advice)s" % finding for finding in findings
              if not finding["ok"]]
-    print_value(args, findings, [pasted(safe(line)) for line in wrong] or ["ok"])
+    print_value(args, findings, map(pasted, wrong or ["ok"]))
     for line in () if for_people(args) else wrong:
         tell(line)
     return int(bool(wrong))
 
 
-@subcommand("systemd", switch("--user", "for your own systemd instance"))
+@subcommand("systemd", """
+    --user  for your own systemd instance""")
 def cmd_systemd(queue, args):
     """Print a systemd unit that serves this queue with this file. Jobs run as the user who asks,
     and have 80 s to end when it is stopped.
@@ -4919,28 +4693,25 @@ def summary(name):
     return manual(name)[0].replace("\n", " ").partition(". ")[0].rstrip(".")
 
 
-def words_at(queue, words):
-    """What may stand for the last of `words`, which are those of a command line."""
-    *before, word = words or [""]
-    name = next((" ".join(before[:n]) for n in (2, 1) if " ".join(before[:n]) in COMMANDS), "")
-    if not name:
-        prefix = before[0] + " " if before else ""
-        return {full[len(prefix):].split()[0] for full in COMMANDS if full.startswith(prefix)}
-    arguments = COMMANDS[name][1]
-    for names, options in arguments:
-        if before[-1] in names and "choices" in options:
-            return options["choices"]
-    if word.startswith("-"):
-        return [flag for names, _ in arguments for flag in names if flag[0] == "-"]
-    firsts = {names[0] for names, _ in arguments}
-    if "key" in firsts:
-        return SETTINGS
-    if firsts & {"id", "ids"}:
-        return [job.id for job in queue.look().jobs(queue.look().select(limit=200))]
-    return ()
+def words_at(queue, before, word):
+    """What may stand as `word` after the words of a command line."""
+    line = " ".join(before)
+    if before[-1:] == ["--state"]:
+        return STATES
+    if word[:1] == "-" or before[-1:] == ["--format"]:
+        arguments = [text for name, (_, text) in COMMANDS.items() if line.startswith(name)]
+        return re.findall(r"(?<= )--?[a-z-]+|prometheus", GLOBAL + "".join(arguments) + " --version")
+    found = {name[len(line):].split()[0] for name in COMMANDS
+             if name.startswith(line + " " * bool(line))}
+    if before[:1] == ["config"]:
+        return found or SETTINGS
+    if before[:1] == ["completion"]:
+        return SHELLS
+    store = queue.look()
+    return found or [job.id for job in store.jobs(store.select(limit=200))]
 
 
-@subcommand("completion", arg("shell", "the shell to complete in", choices=sorted(SHELLS)))
+@subcommand("completion", "shell SHELL  the shell to complete in")
 def cmd_completion(queue, args):
     """Print what makes Tab complete commands, flags, states, settings and ids.
 
@@ -4949,9 +4720,9 @@ def cmd_completion(queue, args):
     if args.argv is None:
         print_text(SHELLS[args.shell] % CALL)
         return 0
-    found = [word for word in sorted(words_at(queue, args.argv))
-             if word.startswith(args.argv[-1] if args.argv else "")]
-    sys.stdout.writelines(word + "\n" for word in found)
+    *before, word = args.argv or [""]
+    found = [one for one in sorted(words_at(queue, before, word)) if one.startswith(word)]
+    sys.stdout.writelines(one + "\n" for one in found)
     return int(not found)
 
 
@@ -4963,49 +4734,23 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as ours."""
 
     def error(self, message):
-        raise Usage("%s; see: queuectl%s --help" % (message, self.prog[8:]))
+        raise Usage("%s; see: %s --help" % (message, self.prog))
 
 
-def new_parser(prog, **options):
+def new_parser(name="", arguments="", **options):
     # A width, or each parser would import shutil to ask the terminal, help or no help.
     layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=78)
-    parser = Parser(prog=prog, formatter_class=layout, allow_abbrev=False, **options)
-    for names, more in (arg("--db", "the queue's database (else DB_PATH)", metavar="PATH"),
-                        arg("--socket", "the daemon's socket (else SOCKET_PATH)", metavar="PATH"),
-                        switch("--json", "JSON on a terminal too"),
-                        switch("--table", "a table in a pipe too")):
-        parser.add_argument(*names, default=argparse.SUPPRESS, **more)
+    parser = Parser(prog=("queuectl " + name).strip(), formatter_class=layout, allow_abbrev=False,
+                    **options)
+    parser.set_defaults(argv=None, job=None, state=None, quiet=False, older_than=None)
+    for names, more in arguments_of(GLOBAL + arguments):
+        parser.add_argument(*names, **more)
     return parser
 
 
 def overview(prefix=""):
     return "commands:\n" + "\n".join("  %-15s %s" % (name, summary(name)) for name in COMMANDS
                                      if name.startswith(prefix))
-
-
-def parse_group(name, rest):
-    """Not a command, but maybe the first word of some, like dlq: their help if that is asked for,
-    else an error that tells what is nearest. Does not return."""
-    known = [full for full in COMMANDS if full.startswith(name + " ")]
-    if known and set(rest) & {"-h", "--help"}:
-        new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
-            manual(full)[1][0] for full in known)).parse_args(["--help"])
-    import difflib
-    given = " ".join([name] + rest[:1] * bool(known))
-    near = difflib.get_close_matches(given, COMMANDS, 1)
-    raise Usage("unknown command %s; %s" % (
-        given, "did you mean: queuectl " + near[0] if near and not known else
-        "known are %s" % ", ".join(known or COMMANDS)))
-
-
-def parse_global(argv, args):
-    """Take the flags that stand before a command into `args`; the command and what follows."""
-    parser = new_parser("queuectl", description=__doc__.partition("\n\n")[0], epilog=overview()
-                        + "\n\nexamples:\n" + __doc__.split("\n\n")[1]
-                        + "\n\nqueuectl COMMAND --help tells more.")
-    parser.add_argument("--version", action="version", version="queuectl " + VERSION)
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
-    return parser.parse_args(argv, args).words
 
 
 def cmd_overview(queue, args):
@@ -5015,36 +4760,38 @@ def cmd_overview(queue, args):
                " ID, doctor\nall of them: %s --help" % CALL)
 
 
-def parse(argv):
-    """(function, arguments) of a command line. Only the parsers that are needed are made."""
-    args = argparse.Namespace(argv=None, db=None, socket=None, json=False, table=False, given=set())
-    words = argv
-    if not argv or argv[0].startswith("-"):
-        words = parse_global(argv, args)
-        if not words:
-            return cmd_overview, args
-    name = " ".join(words[:2])
-    if name not in COMMANDS:
-        name = words[0]
-    if name not in COMMANDS:
-        parse_group(name, words[1:])
-    function, arguments = COMMANDS[name]
-    rest = words[len(name.split()):]
+def parse_without(flags, words):
+    """(function, arguments) of a line without a command; a word that is none, or only the first of
+    some, like dlq, is an error that tells what is near."""
+    known = [name for name in COMMANDS if name.startswith(" ".join(words[:1] + [""]))]
+    if not words or known and set(words) & {"-h", "--help"}:
+        example = "\n".join(manual(name)[1][0] for name in known) if words else (
+            __doc__.split("\n\n")[1] + "\n\nqueuectl COMMAND --help tells more.")
+        parser = new_parser(" ".join(words[:1]), description=__doc__.partition("\n\n")[0], epilog=(
+            overview(" ".join(words[:1])) + "\n\nexamples:\n" + example))
+        parser.add_argument("--version", action="version", version="queuectl " + VERSION)
+        return cmd_overview, parser.parse_args(flags + words[1:])
+    import difflib
+    given = " ".join(words[:2] if known else words[:1])
+    near = difflib.get_close_matches(given, COMMANDS, 1)
+    raise Usage("unknown command %s; %s" % (
+        given, "did you mean: queuectl " + near[0] if near and len(words) > bool(known)
+        else "known are " + ", ".join(known or COMMANDS)))
+
+
+def parse(flags, words):
+    """(function, arguments) of a command line; its parser is the only one that is made."""
+    name = next((name for name in (" ".join(words[:2]), " ".join(words[:1])) if name in COMMANDS), "")
+    if not name:
+        return parse_without(flags, words)
+    (function, arguments), (about, examples) = COMMANDS[name], manual(name)
+    rest, argv = words[len(name.split()):], None
     if "--" in rest and name in ("enqueue", "run", "completion"):
-        at = rest.index("--")
-        rest, args.argv = rest[:at], rest[at + 1:]
-    about, examples = manual(name)
-    parser = new_parser("queuectl " + name, description=about,
+        rest, argv = rest[:rest.index("--")], rest[rest.index("--") + 1:]
+    parser = new_parser(name, "\n" + arguments, description=about,
                         epilog="\n".join(["examples:"] + examples))
-    # What it means to name no jobs, for commands where some can't be named in every way.
-    parser.set_defaults(state=None, older_than=0)
-    for names, options in arguments:
-        more = {} if "action" in options or names[0][0] != "-" else {"action": Once}
-        parser.add_argument(*names, **dict(options, **more))
-    args, unknown = parser.parse_known_args(rest, args)
-    if unknown:
-        parser.error("unrecognized arguments: %s%s" % (
-            " ".join(unknown), "; a command goes after --" * hasattr(args, "job")))
+    args = parser.parse_args(flags + rest)
+    args.argv = argv
     return function, args
 
 
@@ -5057,66 +4804,54 @@ def prepare_stdio():
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # becomes this very one
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
-            setattr(sys, name, io.TextIOWrapper(stream.detach(), "utf-8", "backslashreplace",
-                                                line_buffering=name == "stderr"))
-        elif stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif name != "stdin":
+            setattr(sys, name, io.TextIOWrapper(
+                getattr(sys, name).detach(), "utf-8", "backslashreplace",
+                line_buffering=name == "stderr"))
 
 
-def is_check(argv):
-    """Whether the command is `check`, whatever else is wrong with the line."""
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("-"):
-            return word == "check"
-        if word in ("--db", "--socket"):
-            next(words, None)
-    return False
-
-
-def complain(argv, problem, status):
+def complain(words, problem, status):
     """Say what went wrong, in one line; the exit status. `check` has its own form of both."""
-    if is_check(argv):
+    if words[:1] == ["check"]:
         with suppress(OSError):
             print_text("UNKNOWN - %s" % problem.replace("|", "/"))
         return 3
-    if sys.stderr.isatty() and "--json" not in argv:
-        tell("Error: " + problem)
-    else:
-        tell(compact({"success": False, "message": "Error: %s" % pasted(problem)}))
+    plain = sys.stderr.isatty() and "--json" not in sys.argv
+    tell("Error: " + problem if plain else
+         compact({"success": False, "message": "Error: %s" % pasted(problem)}))
     return status
 
 
 def main(argv):
     """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
-    script = os.path.basename(sys.argv[0])
-    words = ["python3", sys.argv[0]] if script.endswith(".py") else [script or "queuectl"]
-    call_as(words, None)
+    argv, at = [utf8(argument) for argument in argv], 0
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 1 + (argv[at] in ("--db", "--socket"))
+    words = argv[at:]
     try:
-        function, args = parse([utf8(argument) for argument in argv])
+        function, args = parse(argv[:at], words)
         place = locate(args.db, args.socket)
-        if args.db:
-            call_as(words, utf8(place.db))
+        call_as(utf8(sys.argv[0]), args.db and utf8(place.db))
         return function(Queue(place, tell), args) or 0
     except Failure as error:
-        return complain(argv, str(error), error.exit_code)
+        return complain(words, str(error), error.exit_code)
     except KeyboardInterrupt as interrupt:
         tell(str(interrupt) or "interrupted")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at exit
-        return 3 if is_check(argv) else 1
+        return 3 if words[:1] == ["check"] else 1
     except OSError as error:
-        return complain(argv, safe(str(error)), 1)
+        return complain(words, safe(str(error)), 1)
 
 
 def run_script():
     """The program. Ends at once, not by sys.exit: multiprocessing would wait for workers, which may
     outlive their daemon to finish their jobs."""
-    status = 3 if is_check(sys.argv[1:]) else 1
+    status = 1
     try:
         prepare_stdio()
         status = main(sys.argv[1:])
