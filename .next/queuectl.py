@@ -446,6 +446,18 @@ def is_locked(path):
         os.close(fd)
 
 
+def writes_to(process, wanted):
+    """Whether the process (its /proc directory) has the file with that status open for writing: who
+    only reads it, like tail -f, is no part of a job."""
+    for fd in os.listdir(process + "/fd"):
+        with suppress(OSError):
+            if os.path.samestat(os.stat("%s/fd/%s" % (process, fd)), wanted):
+                with open("%s/fdinfo/%s" % (process, fd)) as info:
+                    if int(info.read().split()[3], 8) & os.O_ACCMODE != os.O_RDONLY:
+                        return True
+    return False
+
+
 def processes(path=None, mark=None):
     """The pids, but for our own, that have the file `path` open for writing, or `mark` in their
     environment. Empty where there is no /proc."""
@@ -459,18 +471,6 @@ def processes(path=None, mark=None):
                     or mark and mark in environ.read(1 << 22).split(b"\0")):
                 found.append(int(pid))
     return found
-
-
-def writes_to(process, wanted):
-    """Whether the process (its /proc directory) has the file with that status open for writing: who
-    only reads it, like tail -f, is no part of a job."""
-    for fd in os.listdir(process + "/fd"):
-        with suppress(OSError):
-            if os.path.samestat(os.stat("%s/fd/%s" % (process, fd)), wanted):
-                with open("%s/fdinfo/%s" % (process, fd)) as info:
-                    if int(info.read().split()[3], 8) & os.O_ACCMODE != os.O_RDONLY:
-                        return True
-    return False
 
 
 def read_note(path):
@@ -916,7 +916,8 @@ def adopted(row, settings, now):
             if value not in (None, "") or field == "command":
                 fields[field] = check(value)
         except ValueError as error:
-            problem = problem or "field %s %s" % (field, safe(str(error)))
+            if field not in ("attempts", "max_retries", "timeout", "priority"):
+                problem = problem or "field %s %s" % (field, safe(str(error)))
     if fields["state"] == "processing":
         fields["state"] = "pending"
     if problem:
@@ -1808,6 +1809,7 @@ class Store:
 
     def integrity(self):
         """Lines of what is damaged; [] when nothing is."""
+        self.query("SELECT 1 FROM running, attempts, after, unique_keys, answers, totals LIMIT 0")
         return [row[0] for row in self.query("PRAGMA integrity_check(3)") if row[0] != "ok"]
 
     def copy(self, target):
@@ -2203,7 +2205,7 @@ def about_daemon(store, now):
     """What `daemon status` tells; Failure without one."""
     daemon = store.place.daemon()
     if not daemon:
-        raise NoDaemon(store.path)
+        raise NoDaemon(store.place.db)
     return {"pid": daemon["pid"], "version": daemon["version"], "db": utf8(store.path),
             "socket": daemon["socket"], "uptime_s": max(now - daemon["since"], 0) // 1000,
             "workers": len(store.place.slots()), "wanted": store.settings["workers"],
@@ -2622,8 +2624,7 @@ class Worker:
                 data = b""
             if not data:
                 self.poll.unregister(self.sock)
-                self.sock.close()
-                self.sock = None
+                self.left, self.sock = self.sock, None  # open: its end would tell of ours
         elif self.sock or monotonic() < self.look_at:
             return None
         self.look_at = monotonic() + LOOK_S  # without a supervisor
@@ -2960,6 +2961,12 @@ def listen_at(path):
     return listener
 
 
+def refusal(error):
+    """The answer for an error."""
+    return dict(success=False, message="Error: %s" % (error if isinstance(error, Failure) else
+                                                      repr(error)), **getattr(error, "details", {}))
+
+
 def answer_to(store, data, look):
     """Pieces of the answer to the bytes of a request; whatever goes wrong in it is its own trouble
     alone. A list that is given as an iterator is sent row by row."""
@@ -2984,10 +2991,17 @@ def answer_to(store, data, look):
         yield compact(answer) + "\n"
 
 
-def refusal(error):
-    """The answer for an error."""
-    return dict(success=False, message="Error: %s" % (error if isinstance(error, Failure) else
-                                                      repr(error)), **getattr(error, "details", {}))
+def answers(sock, store, look):
+    """The answers to the requests on a connection, each in pieces."""
+    inbox, data = bytearray(), b"."
+    while data:
+        try:
+            data = receive(sock, inbox)
+            if data:
+                yield answer_to(store, data, look)
+        except Failure as error:  # where the next one would begin is unknown
+            data = None
+            yield [compact(refusal(error)) + "\n"]
 
 
 def serve(place, store, listener, look):
@@ -3000,14 +3014,8 @@ def serve(place, store, listener, look):
         timeout, wbufsize = IDLE_S, -1
 
         def handle(self):
-            inbox, data = bytearray(), b"."
             with suppress(OSError):
-                while data:
-                    try:
-                        data = receive(self.request, inbox)
-                        pieces = answer_to(store, data, look) if data else ()
-                    except Failure as error:  # where the next one would begin is unknown
-                        data, pieces = None, [compact(refusal(error)) + "\n"]
+                for pieces in answers(self.request, store, look):
                     for piece in pieces:
                         self.wfile.write(piece.encode())
                     self.wfile.flush()
@@ -3348,6 +3356,10 @@ class Queue:
             raise Failure("no queue at %s; name it with --db" % self.place.db)
         return self.look()
 
+    def close(self):
+        if self.opened:
+            self.opened.close()
+
 
 def call_words(place):
     """The words that call this very program for the queue at `place`."""
@@ -3553,7 +3565,11 @@ def look_at_database(queue):
     place = queue.place
     if not (place.exists() and os.path.isdir(place.run)):
         return "not there yet"
-    lines = Store(place, patience_s=5).integrity()
+    store = Store(place, patience_s=5)
+    try:
+        lines = store.integrity()
+    finally:
+        store.close()
     if lines:
         raise Failure("%s is damaged: %s; stop the daemon and restore a backup, or save what is left"
                       " with: sqlite3 %s .recover" % (place.db, ", ".join(lines), place.db))
@@ -4693,6 +4709,14 @@ def summary(name):
     return manual(name)[0].replace("\n", " ").partition(". ")[0].rstrip(".")
 
 
+def split(argv):
+    """(the flags that stand before a command, the rest)."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 1 + (argv[at] in ("--db", "--socket"))
+    return argv[:at], argv[at:]
+
+
 def words_at(queue, before, word):
     """What may stand as `word` after the words of a command line."""
     line = " ".join(before)
@@ -4720,7 +4744,7 @@ def cmd_completion(queue, args):
     if args.argv is None:
         print_text(SHELLS[args.shell] % CALL)
         return 0
-    *before, word = args.argv or [""]
+    *before, word = split(args.argv or [""])[1] or args.argv
     found = [one for one in sorted(words_at(queue, before, word)) if one.startswith(word)]
     sys.stdout.writelines(one + "\n" for one in found)
     return int(not found)
@@ -4827,15 +4851,14 @@ def complain(words, problem, status):
 
 def main(argv):
     """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
-    argv, at = [utf8(argument) for argument in argv], 0
-    while at < len(argv) and argv[at].startswith("-"):
-        at += 1 + (argv[at] in ("--db", "--socket"))
-    words = argv[at:]
+    flags, words = split([utf8(argument) for argument in argv])
+    queue = None
     try:
-        function, args = parse(argv[:at], words)
+        function, args = parse(flags, words)
         place = locate(args.db, args.socket)
         call_as(utf8(sys.argv[0]), args.db and utf8(place.db))
-        return function(Queue(place, tell), args) or 0
+        queue = Queue(place, tell)
+        return function(queue, args) or 0
     except Failure as error:
         return complain(words, str(error), error.exit_code)
     except KeyboardInterrupt as interrupt:
@@ -4846,6 +4869,9 @@ def main(argv):
         return 3 if words[:1] == ["check"] else 1
     except OSError as error:
         return complain(words, safe(str(error)), 1)
+    finally:
+        if queue:
+            queue.close()
 
 
 def run_script():
