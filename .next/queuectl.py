@@ -289,6 +289,10 @@ class Busy(StorageError):
     """It is not our turn yet, or another program holds the database's write lock."""
 
 
+class Replaced(StorageError):
+    """The database is no longer the file that was opened."""
+
+
 class Unreachable(Failure):
     """Nobody answers at the socket."""
 
@@ -607,7 +611,8 @@ class Turn:
     def __init__(self, place, door=False):
         self.place = place
         self.fd = open_private(place.file("lock"))
-        self.door = open_private(place.file("door")) if door else None
+        self.door = open_private(place.file("door"))
+        self.by_door = door
         self.mask = ()         # signals that were blocked before
         self.waiting = False
 
@@ -620,7 +625,7 @@ class Turn:
         """Wait for it so long, then Busy; None: as long as it takes."""
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         try:
-            if self.door is not None:
+            if self.by_door:
                 fcntl.flock(self.door, fcntl.LOCK_EX)
                 fcntl.flock(self.fd, fcntl.LOCK_EX)
                 fcntl.flock(self.door, fcntl.LOCK_UN)
@@ -652,8 +657,7 @@ class Turn:
 
     def close(self):
         os.close(self.fd)
-        if self.door is not None:
-            os.close(self.door)
+        os.close(self.door)
 
 
 # ---- Jobs and settings --------------------------------------------------------------------------
@@ -1377,8 +1381,8 @@ class Store:
             status = os.lstat(self.path)
             if os.path.samestat(status, self.file) and status.st_size:
                 return
-        raise StorageError("%s was removed, emptied or replaced in use; nothing more is stored in"
-                           " it; put it back, and restart the daemon" % self.path)
+        raise Replaced("%s was removed, emptied or replaced in use; nothing more is stored in it;"
+                       " put it back, and start the daemon again" % self.path)
 
     def sync(self):
         """Return once all that was committed before is on the disk. One sync serves all threads
@@ -2575,6 +2579,8 @@ class Worker:
                 try:
                     return self.record_and_claim(claim, outcome, claims)
                 except StorageError:
+                    if self.leaves():
+                        self.store.check_file()  # raises: nothing can be stored any more
                     if outcome is None:
                         return None
             sleep(pause_s)
@@ -2818,6 +2824,7 @@ class Pool:
         now = now_ms()
         self.look_at = monotonic() + LOOK_S
         try:
+            self.store.check_file()
             self.store.refresh()
             self.tidy(now)
             busy = self.store.open_slots()
@@ -2827,6 +2834,8 @@ class Pool:
                 self.store.next_due() - now_ms(), 0) / 1000.0)
         except Busy:
             self.look_at = monotonic() + 0.01
+        except Replaced:
+            raise
         except StorageError as error:
             self.log("storage trouble: %s" % error)
 
