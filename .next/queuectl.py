@@ -234,9 +234,14 @@ def utf8(argument):
         return argument
 
 
+def as_bytes(text):
+    """UTF-8, with lone surrogates for the bytes that are none."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def os_path(text):
     """The same the other way: a path as the OS is told it."""
-    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    return os.fsdecode(as_bytes(text))
 
 
 def plural(count, noun):
@@ -2234,17 +2239,20 @@ FOR_THE_DAEMON = re.compile(b"LISTEN_|WATCHDOG_|NOTIFY_SOCKET")  # what systemd 
 
 
 def job_environment(claim, run_file):
-    """What a command finds in its environment: its caller's, or the worker's; the job's; ours."""
+    """What a command finds in its environment: its caller's, or the worker's; the job's; ours. None:
+    the worker's, with ours in it, which costs no copy."""
+    ours = {b"QUEUECTL_JOB_ID": claim.job.encode(),
+            b"QUEUECTL_ATTEMPT": b"%d" % (claim.attempts + 1),
+            b"QUEUECTL_RUN": os.fsencode(run_file)}
     if claim.environ:
-        environ = {name.encode("utf-8", "surrogateescape"): text.encode("utf-8", "surrogateescape")
+        environ = {as_bytes(name): as_bytes(text)
                    for name, text in json.loads(claim.environ).items()}
+    elif claim.env in (None, "{}"):
+        return os.environb.update(ours)
     else:
-        environ = {name: value for name, value in os.environb.items()
-                   if not FOR_THE_DAEMON.match(name)}
+        environ = dict(os.environb)
     environ.update((name.encode(), text.encode()) for name, text in env_of(claim.env).items())
-    environ.update({b"QUEUECTL_JOB_ID": claim.job.encode(),
-                    b"QUEUECTL_ATTEMPT": b"%d" % (claim.attempts + 1),
-                    b"QUEUECTL_RUN": os.fsencode(run_file)})
+    environ.update(ours)
     return environ
 
 
@@ -2300,26 +2308,21 @@ def tail_of(run_file, limit):
 class Attempt:
     """One run of one command, on its worker's side.
 
-    note      notes {name: value} in the slot's file
-    poll      what the worker waits with; `wake_fd` is readable after SIGCHLD
-    hears     called with what is readable: what somebody wishes, or None
+    `worker`: has place, store, null (/dev/null), poll (what it waits with), wake_fd (readable after
+    SIGCHLD), note(name=value …) for the slot's file, and hears(claim, readable descriptors): what
+    somebody wishes, or None.
     """
 
-    def __init__(self, claim, place, settings, note, poll, wake_fd, hears):
+    def __init__(self, worker, claim):
+        self.worker = worker
         self.claim = claim
-        self.settings = settings
-        self.place = place
-        self.path = place.file(claim.serial)
-        self.note = note
-        self.poll = poll
-        self.wake_fd = wake_fd
-        self.hears = hears
+        self.path = worker.place.file(claim.serial)
         self.process = None
         self.output = None      # where the command's stdout and stderr come in: polled
         self.file = None        # the run file, locked
         self.size = 0           # bytes of output in it
         self.dropped = 0        # bytes no longer in it
-        self.limit = settings["output-limit"]
+        self.limit = worker.store.settings["output-limit"]
         self.status = None      # of the leader, once it has ended
         self.reason = ""        # as in Outcome
 
@@ -2351,7 +2354,7 @@ class Attempt:
         """It can't be started, by its own fault or because the host lacks something."""
         place = os.fsdecode(error.filename or "")
         if place == self.path:
-            place = self.place.run
+            place = self.worker.place.run
         own_fault = error.errno not in UNSTARTED
         return self.outcome("refused" if own_fault else "unstarted", "can't start%s: %s" % (
             place and (" %s%s" % ("in " * os.path.isabs(place), place)), error.strerror))
@@ -2359,41 +2362,42 @@ class Attempt:
     def start(self):
         """Make and lock the run file, note it, start the command."""
         import subprocess
-        claim = self.claim
+        claim, worker = self.claim, self.worker
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self.file, fcntl.LOCK_EX)
         self.mark_dropped(0)
-        self.note(serial=claim.serial)
-        environ = job_environment(claim, self.path)
-        argv = [word.encode() for word in split_shell(self.settings["shell"])]
+        worker.note(serial=claim.serial)
+        argv = split_shell(worker.store.settings["shell"]) + [claim.command]
         self.output, theirs = os.pipe()
         try:
             os.set_blocking(self.output, False)  # the command may read from there what we heard of
-            self.poll.register(self.output, select.POLLIN)
+            worker.poll.register(self.output, select.POLLIN)
             self.process = subprocess.Popen(
-                argv + [claim.command.encode()], stdin=subprocess.DEVNULL, stdout=theirs,
-                stderr=theirs, cwd=os.fsencode(os_path(claim.cwd or os.path.dirname(self.place.db))),
-                env=environ, pass_fds=(self.file,), start_new_session=True)
+                [word.encode() for word in argv], stdin=worker.null, stdout=theirs, stderr=theirs,
+                cwd=as_bytes(claim.cwd) if claim.cwd else os.path.dirname(worker.place.db),
+                env=job_environment(claim, self.path), pass_fds=(self.file,),
+                start_new_session=True)
         finally:
             os.close(theirs)
-        self.note(serial=claim.serial, leader=self.process.pid)
+        worker.note(serial=claim.serial, leader=self.process.pid)
 
     def watch(self):
         """Wait for the command's end, for its deadline, or for a wish to end it."""
+        worker, pid = self.worker, self.process.pid
         deadline = self.claim.timeout and monotonic() + self.claim.timeout / 1000.0
         note_at = monotonic() + 0.01  # right after the start /proc would wait for the exec
         while self.status is None and not self.reason:
             left = min(filter(None, (note_at, deadline, monotonic() + LOOK_S))) - monotonic()
-            ready = [fd for fd, _ in self.poll.poll(max(int(left * 1000) + 1, 0))]
+            ready = [fd for fd, _ in worker.poll.poll(max(int(left * 1000) + 1, 0))]
             if self.output in ready:
                 self.pump()
-            if self.wake_fd in ready:
-                os.read(self.wake_fd, 512)
+            if worker.wake_fd in ready:
+                os.read(worker.wake_fd, 512)
                 self.leads()
-            wish, now = self.hears(ready), monotonic()
+            wish, now = worker.hears(self.claim, ready), monotonic()
             if note_at and now >= note_at:
-                pid, note_at = self.process.pid, None
-                self.note(serial=self.claim.serial, leader=pid, start=process_start(pid))
+                note_at = None
+                worker.note(serial=self.claim.serial, leader=pid, start=process_start(pid))
             if wish or deadline and now >= deadline:
                 if self.leads():  # else it has ended by itself
                     self.reason = {"cancel": "cancelled"}.get(wish, wish) or "timeout"
@@ -2439,7 +2443,7 @@ class Attempt:
 
     def close_output(self):
         if self.output is not None:
-            self.poll.unregister(self.output)  # closed it would be "ready" for ever
+            self.worker.poll.unregister(self.output)  # closed it would be "ready" for ever
             os.close(self.output)
             self.output = None
 
@@ -2531,6 +2535,7 @@ class Worker:
         self.look_at = 0.0
         self.store = Store(place, door=True)
         self.wake_fd = wakeup_fd()
+        self.null = os.open(os.devnull, os.O_RDONLY)
         sock.setblocking(False)
         self.poll = select.poll()
         self.poll.register(sock, select.POLLIN)
@@ -2546,11 +2551,9 @@ class Worker:
                     return
                 outcome = None
             else:
-                outcome = Attempt(claim, self.place, self.store.settings,
-                                  functools.partial(self.note, claim), self.poll, self.wake_fd,
-                                  functools.partial(self.hears, claim)).run()
+                outcome = Attempt(self, claim).run()
 
-    def note(self, claim, **news):
+    def note(self, **news):
         write_note(self.slot_fd, dict(news, pid=os.getpid(), only=self.only, at=now_ms()))
 
     def found(self):
@@ -2639,7 +2642,7 @@ class Worker:
 
     def await_word(self):
         """Idle until there may be something to do; False when it is to leave."""
-        self.note(None)
+        self.note()
         done = self.only is not None and not any(
             row[1] in UNFINISHED for row in self.store.states(self.only))
         return not (done or self.leaves() or self.leaves(None) and self.sock is None)
@@ -2650,6 +2653,9 @@ def worker_main(sock, place, slot, slot_fd, visits, only, open_files):
     close_descriptors({sock.fileno(), slot_fd})
     default_signals()
     set_open_files(open_files)
+    for name in list(os.environb):
+        if FOR_THE_DAEMON.match(name):
+            del os.environb[name]
     Worker(place, slot, slot_fd, sock, visits, only).run()
 
 
