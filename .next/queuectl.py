@@ -3564,6 +3564,8 @@ def look_at_daemon(queue):
         raise Failure("another program has %s open: pid %s; end it, or it may run jobs twice"
                       % (place.db, " ".join(map(str, sorted(strangers)))))
     if not daemon:
+        if place.socket_given and knock(place.socket) is None and os.path.lexists(place.socket):
+            raise Failure("%s is not a socket of yours; give another --socket" % place.socket)
         return "none runs"
     try:
         about = ask(os_path(daemon["socket"]), {"command": "daemon", "option": "status"}, 5)["message"]
