@@ -20,7 +20,7 @@
 
 Life cycle of a job, and what moves it:
 
-  (new)      -> pending              Store.insert, Store.adopt
+  (new)      -> pending              Store.insert, Store.replace
   pending    -> processing           Store.claim
   failed     -> processing           Store.claim, once run_after has passed
   processing -> completed            Store.finish: exit 0
@@ -80,6 +80,7 @@ import socket
 import stat
 import time
 from contextlib import contextmanager, suppress
+from time import monotonic, sleep
 
 # ---- Constants and defaults ---------------------------------------------------------------------
 # What is fixed; for what `config set` may change see SETTINGS. Times are milliseconds unless the
@@ -120,16 +121,16 @@ TURN_S = 0.1                    # how long a supervisor does
 BUSY_S = 0.05                   # SQLite's own wait for another program's lock
 POLL_S = 0.2                    # between two looks of a command that watches, at the most
 IDLE_S = 60.0                   # a connection without a request is closed
-TWICE_S = 0.5                   # signals to a `run` within it are one: timeout(1) sends two
+TWICE_S = 0.5                   # timeout(1) sends TERM twice; a second one this soon is the same
 
 DEFAULT_SOCKET = "/tmp/queuectl.sock"
 
 # ---- Time, ids and text -------------------------------------------------------------------------
-# The only place that reads a clock or sleeps. Whatever decides or stores takes the time as `now`:
-# milliseconds since 1970, UTC.
+# The only place that reads the wall clock. Whatever decides or stores takes the time as `now`:
+# milliseconds since 1970, UTC. Timeouts are measured by monotonic(), in seconds.
 
-UNITS_MS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000, "d": 86400000}
-DATE = (r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
+UNITS_MS = {"d": 86400000, "h": 3600000, "m": 60000, "s": 1000, "ms": 1}
+DATE = (r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(?:(:\d\d)(?:[.,](\d{1,9}))?)?"
         r"\s?([Zz]|[+-]\d\d(?::?\d\d)?)?)?")
 DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"
 
@@ -139,61 +140,45 @@ def now_ms():
     return int(time.time() * 1000)
 
 
-def monotonic():
-    """Seconds on a clock that nobody sets: for timeouts."""
-    return time.monotonic()
-
-
-def sleep(seconds):
-    time.sleep(seconds)
-
-
 @functools.lru_cache(maxsize=64)  # a batch asks for few
 def iso(ms):
     """2026-01-15T10:30:00.000Z for ms since 1970; None for None."""
     if ms is None:
         return None
-    seconds, rest = divmod(ms, 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03dZ" % rest
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ms // 1000)) + ".%03dZ" % (ms % 1000)
 
 
 def parse_date(text, local=False):
     """ms since 1970 of an ISO 8601 date-time (also SQLite's form); one without an offset is UTC, or
     `local` time."""
-    from datetime import datetime, timedelta, timezone
-    match = re.fullmatch(DATE, text.strip(), re.ASCII) if isinstance(text, str) else None
-    if not match:
+    from datetime import datetime
+    try:
+        day, minute, second, fraction, zone = re.fullmatch(DATE, text.strip(), re.ASCII).groups("")
+        zone = zone.replace(":", "").upper().replace("Z", "+00") or "+00" * (not local)
+        moment = datetime.strptime(
+            day + (minute or "00:00") + (second or ":00") + (zone and zone.ljust(5, "0")),
+            "%Y-%m-%d%H:%M:%S" + "%z" * bool(zone))
+        return int(moment.timestamp()) * 1000 + int((fraction + "000")[:3])
+    except (AttributeError, ValueError, OverflowError):
         raise ValueError("must be a date-time like 2026-01-15T10:30:00Z")
-    *parts, fraction, offset = match.groups("0")
-    zone = None if local and offset == "0" else timezone.utc
-    if offset[0] in "+-":
-        hours, minutes = int(offset[1:3]), int(offset[3:].lstrip(":") or 0)
-        if hours > 23 or minutes > 59:
-            raise ValueError("has no valid offset")
-        zone = timezone((1 if offset[0] == "+" else -1) * timedelta(hours=hours, minutes=minutes))
-    moment = datetime(*map(int, parts), tzinfo=zone).timestamp()
-    return int(moment) * 1000 + int((fraction + "00")[:3])
 
 
 def next_time(text, now):
     """ms of a date in local time; a time of the day alone is the next one: 03:00."""
-    match = re.fullmatch(r"(\d\d?):(\d\d)", text, re.ASCII)
-    if not match:
+    from datetime import date, timedelta
+    if not re.fullmatch(r"\d\d?:\d\d", text):
         return parse_date(text, local=True)
-    hour, minute = map(int, match.groups())
-    if hour > 23 or minute > 59:
-        raise ValueError("must be a time of the day like 03:00")
-    year, month, day = time.localtime(now / 1000)[:3]
-    today, tomorrow = [int(time.mktime((year, month, day + days, hour, minute, 0, 0, 0, -1))) * 1000
-                       for days in (0, 1)]
-    return today if today > now else tomorrow
+    today = date.fromtimestamp(now / 1000)
+    moments = [parse_date("%s %s" % (today + timedelta(days), text.zfill(5)), local=True)
+               for days in (0, 1)]
+    return moments[moments[0] <= now]
 
 
 def parse_duration(text, bare=None):
     """ms of `90s`, `5m`, `1h30m`, `500ms`; a bare number has the unit `bare`, or is refused."""
     text = text.strip()
-    if re.fullmatch(r"\d{1,13}", text, re.ASCII):
-        if bare is None:
+    if text.isdigit():
+        if not bare:
             raise ValueError("needs a unit: 90s, 5m, 2h or 1d")
         text += bare
     if not re.fullmatch(r"(\d{1,13}(ms|[smhd]))+", text, re.ASCII):
@@ -202,14 +187,12 @@ def parse_duration(text, bare=None):
 
 
 def lapse(ms):
-    """A duration for people, in two units at most: 10 ms, 45 s, 3m20s, 5 h, 2d4h."""
-    for unit, small in ("dh", "hm", "ms"):
-        size, part = UNITS_MS[unit], UNITS_MS[small]
-        if ms >= size:
-            rest = ms % size // part
-            return "%d%s%d%s" % (ms // size, unit, rest, small) if rest else "%d %s" % (
-                ms // size, unit)
-    return "%d s" % (ms // 1000) if ms >= 1000 else "%d ms" % ms
+    """A duration for people, in two units at most: 10 ms, 45 s, 3 m 20 s."""
+    parts = []
+    for unit, size in UNITS_MS.items():
+        count, ms = divmod(ms, size)
+        parts += ["%d %s" % (count, unit)] * bool(count)
+    return " ".join(parts[:2]) or "0 s"
 
 
 def new_ids(now, count=1):
@@ -229,7 +212,7 @@ def safe(text):
 def utf8(argument):
     """An argument or a path as users know it: with the C locale 3.6 makes surrogates of é."""
     try:
-        return os.fsencode(argument).decode("utf-8")
+        return os.fsencode(argument).decode()
     except UnicodeError:
         return argument
 
@@ -240,7 +223,7 @@ def as_bytes(text):
 
 
 def os_path(text):
-    """The same the other way: a path as the OS is told it."""
+    """The reverse of `utf8`: a path as the OS is told it."""
     return os.fsdecode(as_bytes(text))
 
 
@@ -272,13 +255,6 @@ class Usage(Failure):
     exit_code = 2
 
 
-class BadField(Failure):
-    """A job's field, or a setting, has a value it can't have."""
-
-    def __init__(self, field, problem):
-        super().__init__("field %s %s" % (str(field)[:80], problem))
-
-
 class NoDaemon(Failure):
     """A command needs the daemon and none runs."""
 
@@ -302,25 +278,23 @@ class Unreachable(Failure):
     """Nobody answers at the socket."""
 
 
+REMEDIES = (  # what SQLite or the OS says -> what to tell of the file
+    ("locked", "is locked by another program; try again when it is done"),
+    ("full|No space|quota", "has no space left; free some and try again"),
+    ("readonly|Read-only", "can't be written; check its mode and its file system"),
+    ("unable to open|denied", "can't be opened; check its directory and owner, or give another --db"),
+    ("not a database", "is not a database; restore a backup or move it"),
+    ("malformed", "is corrupt; restore a backup, or save what is left with: sqlite3 FILE .recover"),
+    ("no such", "is not a queue's database; give another --db, or restore a backup"),
+    ("disk I/O", "can't be read or written; its disk is full, or look at the kernel's log"),
+    ("", "can't be used"))
+
+
 def storage_error(path, error):
-    """The StorageError for a sqlite3 or OS `error` on the database at `path`, with what to do."""
-    text = str(error)
-    for words, advice in (
-            ("locked", "%s is locked by another program; try again when it is done"),
-            ("disk is full", "no space left for %s; free some and try again"),
-            ("No space", "no space left for %s; free some and try again"),
-            ("readonly", "%s can't be written; check its mode and its file system"),
-            ("unable to open", "%s can't be opened; check its directory"),
-            ("not a database", "%s is not a database; restore a backup or move it"),
-            ("malformed", "%s is corrupt; restore a backup, or save what is left with:"
-                          " sqlite3 FILE .recover"),
-            ("no such", "%s is not a queue's database; give another --db, or restore a backup"),
-            ("disk I/O", "%s can't be read or written; its disk is full, or look at the kernel's"
-                         " log")):
-        if words in text:
-            kind = Busy if words == "locked" else StorageError
-            return kind((advice % path) + " (%s)" % text)
-    return StorageError("the database %s failed: %s" % (path, text))
+    """The StorageError for a sqlite3 or OS `error` on the file at `path`, with what to do."""
+    text = getattr(error, "strerror", None) or str(error)
+    words, advice = next(row for row in REMEDIES if re.search(row[0], text))
+    return (Busy if words == "locked" else StorageError)("%s %s (%s)" % (path, advice, text))
 
 
 def decode_json(text, what):
@@ -357,15 +331,10 @@ def open_private(path, flags=os.O_RDWR | os.O_CREAT):
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Failure("%s is a symbolic link; move it away" % path)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise storage_error(path, error)
-        raise Failure("can't open %s: %s%s" % (path, error.strerror, "; run as its owner, or use"
-                      " another --db" * isinstance(error, PermissionError)))
+        raise storage_error(path, error)
     try:
-        status = os.fstat(fd)
-        check_regular(path, status)
-        if stat.S_IMODE(status.st_mode) != 0o600:
-            os.fchmod(fd, 0o600)
+        check_regular(path, os.fstat(fd))
+        os.fchmod(fd, 0o600)
     except BaseException:
         os.close(fd)
         raise
@@ -392,12 +361,12 @@ def private_directory(path):
     if not os.path.isdir(above):
         private_directory(above)
     try:
-        with suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-            os.chmod(path, 0o700)
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)
+    except FileExistsError:
+        pass
     except OSError as error:
-        raise (storage_error(path, error) if error.errno == errno.ENOSPC else
-               Failure("can't make %s: %s; give another --db" % (path, error.strerror)))
+        raise storage_error(path, error)
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise Failure("%s is not a directory of yours; move it away" % path)
@@ -405,16 +374,15 @@ def private_directory(path):
         raise Failure("%s can be written by others; run: chmod go-w %s" % (path, path))
 
 
-def mount_of(path, table="/proc/self/mountinfo"):
+def file_system(path):
     """The type of the file system that `path` is on; "" where the system doesn't say."""
-    best = ("", "")
-    with suppress(OSError), open(table, errors="surrogateescape") as mounts:
+    with suppress(OSError), open("/proc/self/mountinfo", "rb") as mounts:
+        device = os.stat(path).st_dev
+        number = b"%d:%d" % (os.major(device), os.minor(device))
         for line in mounts:
-            left, _, right = line.partition(" - ")
-            point = re.sub(r"\\(\d{3})", lambda m: chr(int(m.group(1), 8)), left.split()[4])
-            if (path + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
-                best = (point, right.split()[0])
-    return best[1]
+            if line.split()[2] == number:
+                return line.partition(b" - ")[2].split()[0].decode()
+    return ""
 
 
 @functools.lru_cache(maxsize=None)  # no process outlives it
@@ -444,7 +412,7 @@ def try_lock(fd, how=fcntl.LOCK_EX):
 
 
 def is_locked(path):
-    """Whether another process holds the lock on a file. Shared: two lookers don't meet."""
+    """Whether another process holds the lock on a file. Shared: two who look don't collide."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -490,9 +458,9 @@ def read_note(path):
     return {}
 
 
-def write_note(fd, note, size=400):
-    """Note an object in the file, filled with blanks to `size` bytes: one write replaces it whole."""
-    os.pwrite(fd, compact(note).encode().ljust(size), 0)
+def write_note(fd, **note):
+    """Note an object in the file, filled up with blanks: one write replaces it whole."""
+    os.pwrite(fd, compact(note).encode().ljust(1000), 0)
 
 
 def peer_uid(sock):
@@ -520,14 +488,9 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
 
     __slots__ = ()
 
-    @property
-    def run(self):
-        """The directory DB-run."""
-        return self.db + "-run"
-
     def file(self, name):
-        """A path in it: "lock", "w.1", 17 …"""
-        return "%s-run/%s" % (self.db, name)
+        """A path in DB-run: "lock", "w.1", 17 …; "": DB-run itself."""
+        return os.path.join(self.db + "-run", str(name))
 
     def exists(self):
         """Whether there is a queue here."""
@@ -546,27 +509,28 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
         if os.geteuid() == 0 and (status.st_uid != 0 or others_can_write(status)):
             raise Failure("%s can be written by others than root; use a directory that can't"
                           % folder)
-        if re.match(NETWORKS, mount_of(self.db)):
+        if re.match(NETWORKS, file_system(folder)):
             raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
-                          " give a --db on a local disk" % (self.db, mount_of(self.db)))
+                          " give a --db on a local disk" % (self.db, file_system(folder)))
         if self.exists():
-            self.check_file()
-
-    def check_file(self):
-        """Refuse a file of someone else, or one that we can't write."""
-        status = os.lstat(self.db)
-        check_regular(self.db, status)
-        if not status.st_mode & 0o200 or not os.access(self.db, os.R_OK | os.W_OK):
-            raise StorageError("%s is read-only; run: chmod u+rw %s" % (self.db, self.db))
-        if others_can_write(status):
-            raise StorageError("%s can be written by others; run: chmod 600 %s" % (self.db, self.db))
+            status = os.lstat(self.db)
+            check_regular(self.db, status)
+            if not status.st_mode & 0o200 or not os.access(self.db, os.R_OK | os.W_OK):
+                raise StorageError("%s is read-only; run: chmod u+rw %s" % (self.db, self.db))
+            if others_can_write(status):
+                raise StorageError("%s can be written by others; run: chmod 600 %s"
+                                   % (self.db, self.db))
 
     def slots(self):
         """The numbers of the slots whose worker lives, in order."""
         with suppress(FileNotFoundError):
-            return sorted(int(name[2:]) for name in os.listdir(self.run)
+            return sorted(int(name[2:]) for name in os.listdir(self.file(""))
                           if re.fullmatch(r"w\.\d+", name) and is_locked(self.file(name)))
         return []
+
+    def note_of(self, slot):
+        """What the worker of a slot noted: pid, at (ms), only; serial, leader, start of its attempt."""
+        return read_note(self.file("w.%d" % slot))
 
     def take_slot(self, slot):
         """The descriptor of the slot's file, locked; None: somebody has it, or just looks at it."""
@@ -577,7 +541,7 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
         return None
 
     def daemon(self):
-        """What the daemon noted of itself: pid, start, socket; {} when none runs."""
+        """What the daemon noted of itself: pid, start, socket …; {} when none runs."""
         path = self.file("daemon")
         return read_note(path) if is_locked(path) else {}
 
@@ -586,10 +550,9 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
         fd, until = open_private(self.file("daemon")), monotonic() + wait_s
         while not try_lock(fd):
             if monotonic() > until:
-                pid = read_note(self.file("daemon")).get("pid", "unknown")
                 os.close(fd)
                 raise Failure("a daemon, pid %s, already serves %s; stop it with: queuectl daemon stop"
-                              % (pid, self.db), pid=pid)
+                              % (read_note(self.file("daemon")).get("pid", "unknown"), self.db))
             sleep(0.02)
         return fd
 
@@ -607,62 +570,63 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
 
 
 class Turn:
-    """The right to touch the database: flock on DB-run/lock, with HELD signals blocked. A process
-    opens it for itself, after any fork: an inherited descriptor is the same lock.
+    """The right to touch the database: flock on DB-run/lock. A process opens it for itself, after
+    any fork: an inherited descriptor is the same lock.
 
-    door: workers wait at DB-run/door first, so that one of them at most is in others' way.
+    patience_s: Busy after so long, and HELD signals are blocked meanwhile; None: it waits as long
+    as it takes, in a process or thread that no signal raises in.
+    door: it waits at DB-run/door first, as workers do, so that one of them at most delays others.
     """
 
-    def __init__(self, place, door=False):
-        self.place = place
-        self.fd = open_private(place.file("lock"))
-        self.door = open_private(place.file("door"))
-        self.by_door = door
+    def __init__(self, place, patience_s, door):
+        self.path = place.file("lock")
+        self.fd = open_private(self.path)
+        self.door = open_private(place.file("door")) if door else None
+        self.patience_s = patience_s
         self.mask = ()         # signals that were blocked before
         self.waiting = False
 
     def on_alarm(self, *_):
         if self.waiting:
-            raise Busy("the lock %s is held by another process; see: queuectl doctor"
-                       % self.place.file("lock"))
+            raise Busy("%s is held by another process; see: queuectl doctor" % self.path)
 
-    def take(self, patience_s=None):
-        """Wait for it so long, then Busy; None: as long as it takes."""
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-        try:
-            if self.by_door:
-                fcntl.flock(self.door, fcntl.LOCK_EX)
-                fcntl.flock(self.fd, fcntl.LOCK_EX)
-                fcntl.flock(self.door, fcntl.LOCK_UN)
-            elif not try_lock(self.fd):
-                self.wait(mask, patience_s)
-        except BaseException:
-            self.release(mask)
-            raise
-        self.mask = mask
+    def take(self):
+        if self.door is not None:
+            fcntl.flock(self.door, fcntl.LOCK_EX)
+            fcntl.flock(self.fd, fcntl.LOCK_EX)
+            fcntl.flock(self.door, fcntl.LOCK_UN)
+        elif self.patience_s is None:
+            fcntl.flock(self.fd, fcntl.LOCK_EX)
+        else:
+            self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+            try:
+                try_lock(self.fd) or self.wait()
+            except BaseException:
+                self.release()
+                raise
 
-    def wait(self, mask, patience_s):
+    def wait(self):
         """Block until it is ours; signals are let in meanwhile, and may raise."""
         try:
-            if patience_s:
-                self.waiting = True
-                signal.signal(signal.SIGALRM, self.on_alarm)
-                signal.setitimer(signal.ITIMER_REAL, patience_s)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self.waiting = True
+            signal.signal(signal.SIGALRM, self.on_alarm)
+            signal.setitimer(signal.ITIMER_REAL, self.patience_s)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
             fcntl.flock(self.fd, fcntl.LOCK_EX)
         finally:
             self.waiting = False
             signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-            if patience_s:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def release(self, mask=None):
+    def release(self):
         fcntl.flock(self.fd, fcntl.LOCK_UN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask if mask is None else mask)
+        if self.patience_s is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
 
     def close(self):
         os.close(self.fd)
-        os.close(self.door)
+        if self.door is not None:
+            os.close(self.door)
 
 
 # ---- Jobs and settings --------------------------------------------------------------------------
@@ -702,9 +666,7 @@ def as_int(value, low, high):
 
 def as_ms(value, low=0, bare=None):
     """A duration in ms, as a number or as text like 5m; a bare number in text has the unit `bare`."""
-    if isinstance(value, str):
-        value = parse_duration(value, bare)
-    return as_int(value, low, MAX_MS)
+    return as_int(parse_duration(value, bare) if isinstance(value, str) else value, low, MAX_MS)
 
 
 def as_command(value):
@@ -719,9 +681,9 @@ def as_command(value):
 
 @functools.lru_cache(maxsize=8)
 def split_shell(text):
-    """The argv that the `shell` setting stands for."""
+    """The argv, as bytes, that the `shell` setting stands for."""
     import shlex
-    argv = shlex.split(as_text(text))
+    argv = [word.encode() for word in shlex.split(as_text(text))]
     if not any(argv[:1]):
         raise ValueError("must name a program, like /bin/sh -c")
     return argv
@@ -741,50 +703,39 @@ def ms_from(low):
     return lambda value: as_ms(value, low, bare="ms")
 
 
-# check: of the text that is given; about: for people
-Setting = collections.namedtuple("Setting", "default check about")
-SETTINGS = {
-    "max-retries": Setting(3, number_from(1, 1000), "attempts in all before a job is dead"),
-    "delay-base": Setting(5000, ms_from(1), "base of the backoff; counts as 1 s at least"),
-    "backoff": Setting("exponential", lambda text: one_of(text, ("exponential", "linear", "fixed")),
-                       "how the wait before the next try grows"),
-    "max-delay": Setting(86400000, ms_from(1), "longest wait before a try"),
-    "jitter": Setting(0, number_from(0, 100), "percent the wait is spread by, up and down"),
-    "timeout": Setting(5000, ms_from(0), "longest run of an attempt, 0: no limit"),
-    "output-limit": Setting(65536, number_from(0, 16 << 20),
-                            "bytes of output kept of each attempt"),
-    "retention": Setting(0, ms_from(0), "how long completed jobs are kept, 0: for ever"),
-    "shell": Setting("/bin/sh -c", lambda text: split_shell(text) and text,
-                     "what a command is appended to"),
-    "workers": Setting(0, number_from(0, MAX_WORKERS), "the number of workers wanted"),
-    "on-dead": Setting("", lambda text: text and as_command(text),
-                       "a shell line, enqueued whenever a job dies"),
+SETTINGS = {  # key -> (default, the check of a text that is given)
+    "max-retries": (3, number_from(1, 1000)),
+    "delay-base": (5000, ms_from(1)),
+    "backoff": ("exponential", lambda text: one_of(text, ("exponential", "linear", "fixed"))),
+    "max-delay": (86400000, ms_from(1)),
+    "jitter": (0, number_from(0, 100)),
+    "timeout": (5000, ms_from(0)),
+    "output-limit": (65536, number_from(0, 16 << 20)),
+    "retention": (0, ms_from(0)),
+    "shell": ("/bin/sh -c", lambda text: split_shell(text) and text),
+    "workers": (0, number_from(0, MAX_WORKERS)),
+    "on-dead": ("", lambda text: text and as_command(text)),
 }
 DURATIONS = ("delay-base", "max-delay", "timeout", "retention")
 
 
 def checked(field, check, *values):
-    """What `check(*values)` returns; its ValueError as a BadField."""
+    """What `check(*values)` returns; its ValueError as a Failure that names the field."""
     try:
         return check(*values)
     except ValueError as error:
-        raise BadField(field, str(error))
-
-
-def setting_of(key):
-    """The Setting called so; a Failure with those that are known."""
-    if isinstance(key, str) and key in SETTINGS:
-        return SETTINGS[key]
-    raise Failure("unknown setting %s; known are %s" % (str(key)[:80], ", ".join(SETTINGS)))
+        raise Failure("field %s %s" % (str(field)[:80], error))
 
 
 def read_setting(key, value):
     """The typed value of a setting given as text or number; `default` is its default. The original
     stored numbers as 60000.0, and 0.0 for the default."""
-    setting, text = setting_of(key), str(value).strip()
+    if not isinstance(key, str) or key not in SETTINGS:
+        raise Failure("unknown setting %s; known are %s" % (str(key)[:80], ", ".join(SETTINGS)))
+    (default, check), text = SETTINGS[key], str(value).strip()
     if text in ("default", "0.0"):
-        return setting.default
-    return checked(key, setting.check, re.sub(r"^(\d+)\.0$", r"\1", text))
+        return default
+    return checked(key, check, re.sub(r"^(\d+)\.0$", r"\1", text))
 
 
 def as_id(value):
@@ -807,16 +758,20 @@ def as_cwd(value):
     return value
 
 
-def as_env(value):
-    """The JSON text of an object of text to text."""
-    if not isinstance(value, dict):
+def as_environ(value):
+    """The JSON text of an object of text to text; lone surrogates stand for bytes that are no
+    UTF-8."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError("must be an object of text to text")
-    for name, text in value.items():
-        if not name or "=" in as_text(name) or not is_text(text):
-            raise ValueError("must be an object of text to text; look at %r" % name[:80])
-        if len(text.encode()) + len(name.encode()) >= MAX_COMMAND:
-            raise ValueError("has a value that is too long: %s" % name[:80])
-    text = compact(value)
+    return compact(value)
+
+
+def as_env(value):
+    """The same, with names and values that any environment can hold."""
+    text = as_environ(value)
+    for name, one in value.items():
+        if not name or "=" in as_text(name) or len((name + as_text(one)).encode()) >= MAX_COMMAND:
+            raise ValueError("has a name that is none or a value that is too long: %r" % name[:80])
     if len(text) > MAX_ENV:
         raise ValueError("is too large: at most %d bytes" % MAX_ENV)
     return text
@@ -843,7 +798,6 @@ PUBLIC = ("id command state attempts max_retries priority timeout created_at upd
           " locked_at started_at finished_at exit_code error cwd env unique").split()
 OWN_TIMEOUT, OWN_RETRIES = 1, 2  # bits of Job.own: not replaced by the settings on a retry
 ON_DEAD = 4                      # and: it was enqueued because another job died
-NO_JOB = 'a job is a JSON object like {"command":"true"}'
 
 
 def env_of(text):
@@ -857,7 +811,8 @@ def env_of(text):
 class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial environ".split())):
     """A row of the table jobs. Dates are ISO texts, `env` is JSON text or None, and
 
-    due      ms when a waiting job must be made ready; 0: a row not checked yet; else NULL
+    due      ms when a waiting job must be made ready; 0: inserted by another program, not checked
+             yet; else NULL
     ready    1 when it can be claimed, else NULL
     own      bits: OWN_… for what the job brought itself, ON_DEAD
     runs     attempts over its whole life
@@ -872,78 +827,76 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial envi
         return dict(zip(PUBLIC, self), env=env_of(self.env))
 
 
-NEW = dict(dict.fromkeys(Job._fields), state="pending", attempts=0, priority=0, own=0, runs=0)
-
-
 def defaults(settings, now):
     """{field: value} of a job that brings nothing of its own."""
     stamp = iso(now)
-    return dict(NEW, max_retries=settings["max-retries"], timeout=settings["timeout"],
+    return dict(dict.fromkeys(Job._fields), state="pending", attempts=0, priority=0, own=0, runs=0,
+                max_retries=settings["max-retries"], timeout=settings["timeout"],
                 created_at=stamp, updated_at=stamp, run_after=stamp)
 
 
 def scheduled(due, now):
-    """The fields of a job whose turn is at `due`: it is ready if that has come."""
+    """The fields of a job that may start at `due`: it is ready if that has come."""
     return {"due": due, "ready": None} if due > now else {"due": None, "ready": 1}
 
 
 def make_job(given, settings, now, job_id):
     """A pending Job from the object a user gave (see FIELDS), called `job_id` if it brings no id;
-    raises BadField. What the system sets is ignored: an object that `list` showed is a job too."""
+    a Failure names a bad field. What the system sets is ignored: an object that `list` showed is a
+    job too."""
     if not isinstance(given, dict):
-        raise Failure(NO_JOB)
-    fields = {}
+        raise Failure('a job is a JSON object like {"command":"true"}; a command goes after --, like:'
+                      ' enqueue -- make -j4')
+    job = dict(defaults(settings, now), id=job_id, **scheduled(now, now))
     for name, value in given.items():
         if name in FIELDS and value is not None:
-            fields[name] = checked(name, FIELDS[name], value)
+            job[name] = checked(name, FIELDS[name], value)
+            if name == "run_after":
+                job.update(scheduled(parse_date(value), now))
         elif name not in PUBLIC:
-            raise BadField(name, "is unknown; known are " + ", ".join(FIELDS))
-    if "command" not in fields:
-        raise BadField("command", "is required")
-    due = parse_date(fields["run_after"]) if "run_after" in fields else now
-    job = defaults(settings, now)
-    job.update({"id": job_id}, **fields)
-    job.update(scheduled(due, now), own=(OWN_TIMEOUT * ("timeout" in fields)
-                                         + OWN_RETRIES * ("max_retries" in fields)))
+            raise Failure("field %s is unknown; known are %s" % (name[:80], ", ".join(FIELDS)))
+    if job["command"] is None:
+        raise Failure("field command is required")
+    job["own"] = (OWN_TIMEOUT * (given.get("timeout") is not None)
+                  + OWN_RETRIES * (given.get("max_retries") is not None))
     return Job(**job)
 
 
-ADOPTED = dict(
+OF_OTHERS = dict(  # columns that another program may have filled -> their checks
     dict.fromkeys(("created_at", "updated_at", "run_after", "started_at"), as_date),
     attempts=number_from(0, 1 << 30), max_retries=number_from(1, 1000), timeout=as_ms,
     priority=FIELDS["priority"], command=as_command, state=lambda text: one_of(text, STATES))
 
 
-def adopted(row, settings, now):
-    """A row that another program inserted, as a job like any other; what can't be, makes it dead
+def job_of_others(row, settings, now):
+    """The Job, like any other, of a row that another program inserted; what can't be makes it dead
     with the reason. One that was running has not begun."""
-    fields, problem = defaults(settings, now), None
-    fields["id"] = safe(str(row.id)) if row.id else new_ids(now)[0]
-    for field, check in ADOPTED.items():
+    job, problem = defaults(settings, now), None
+    job["id"] = safe(str(row.id)) if row.id else new_ids(now)[0]
+    for field, check in OF_OTHERS.items():
         value = getattr(row, field)
         try:
             if value not in (None, "") or field == "command":
-                fields[field] = check(value)
+                job[field] = check(value)
         except ValueError as error:
             if field not in ("attempts", "max_retries", "timeout", "priority"):
                 problem = problem or "field %s %s" % (field, safe(str(error)))
-    if fields["state"] == "processing":
-        fields["state"] = "pending"
+    if job["state"] == "processing":
+        job["state"] = "pending"
     if problem:
-        fields.update(command=fields["command"] or safe(str(row.command)), state="dead",
-                      error=problem, finished_at=iso(now))
-    elif fields["state"] in FINISHED:
-        fields["finished_at"] = fields["updated_at"]
+        job.update(command=job["command"] or safe(str(row.command)), state="dead", error=problem)
+    if job["state"] in FINISHED:
+        job["finished_at"] = job["updated_at"]
     else:
-        fields.update(scheduled(parse_date(fields["run_after"]), now))
-    return Job(**dict(fields, due=fields["due"] or None))
+        job.update(scheduled(parse_date(job["run_after"]), now))
+    return Job(**job)
 
 
 # ---- Verdicts -----------------------------------------------------------------------------------
 # What becomes of a job after an attempt. Pure: it reads no clock and touches no store.
 
 # status: as subprocess gives it, 3 for exit 3, -9 for SIGKILL, None if unknown; reason: why it
-# ended: "" by itself, "timeout", "cancelled", "worker lost", "refused" (can't run, see detail),
+# ended: "" by itself, "timeout", "cancel", "worker lost", "refused" (can't run, see detail),
 # "give back" (a forced stop), "unstarted" (no space, no process); dropped: bytes cut from the start
 # of its output; ended_at: ms
 Outcome = collections.namedtuple("Outcome", "status reason detail output dropped ended_at")
@@ -974,14 +927,15 @@ def signal_name(number):
 
 def failure_text(timeout, outcome):
     """One line that says how an attempt failed; None if it did not."""
-    if outcome.reason == "timeout":
+    status, reason = outcome.status, outcome.reason
+    if reason == "timeout":
         return ("timed out after %d ms (raise it with --timeout or: config set timeout 0)"
                 % timeout)
-    if outcome.reason and not (outcome.reason in ("cancelled", "give back") and outcome.status == 0):
-        return outcome.detail or outcome.reason
-    if outcome.status is None or outcome.status >= 0:
-        return "exit %s" % outcome.status if outcome.status else None
-    return "killed by " + signal_name(-outcome.status)
+    if reason and not (reason in ("cancel", "give back") and status == 0):
+        return outcome.detail or reason
+    if status is not None and status < 0:
+        return "killed by " + signal_name(-status)
+    return "exit %s" % status if status else None
 
 
 def decide(claim, outcome, settings, now, spread=0.0):
@@ -998,20 +952,16 @@ def decide(claim, outcome, settings, now, spread=0.0):
     return Verdict("failed", attempts, now + backoff_ms(attempts, settings, spread), error)
 
 
-def settle(wish, same_boot, named):
-    """The reason (see Outcome) for an open attempt whose worker is gone: its wish, whether it was
-    claimed in this boot, whether the slot's file names it. A cancel is decided by `decide`."""
-    if not same_boot:
-        return "worker lost"
-    if not named or wish == "give back":  # not named: it never began
-        return "give back"
-    return "worker lost"
+def reason_of(wish, same_boot, began):
+    """The reason (see Outcome) for an open attempt whose worker is gone: what was wished, whether it
+    was claimed in this boot, whether its run file is there. A cancel is decided by `decide`."""
+    return "give back" if same_boot and (not began or wish == "give back") else "worker lost"
 
 
 # ---- Schema -------------------------------------------------------------------------------------
 # Numbered migrations, each run in one transaction. Released ones are never edited: add another.
 # jobs, config and metrics begin as the original QueueCTL made them, so its databases open here.
-# A row that another program inserts has due = 0, and is checked at the next look.
+# A row that another program inserts has due = 0, and is checked by whoever writes next.
 # Not partial indexes (SQLite 3.8) nor WITHOUT ROWID (3.8.2): 3.7.17 has neither.
 
 MIGRATIONS = (
@@ -1050,16 +1000,15 @@ MIGRATIONS = (
      'CREATE INDEX jobs_group ON jobs (ready, "group", priority DESC)',
      "CREATE INDEX jobs_due ON jobs (due)",
      "CREATE INDEX jobs_finished ON jobs (state, finished_at)",
-     # The open attempts. That `job` and `slot` are unique here is promise 2: nothing runs twice at
-     # once. wish: NULL, 'cancel' or 'give back'.
+     # The open attempts. That `slot` and `job` are unique is promise 2: nothing runs twice at once.
+     # started_at: ms; wish: '', 'cancel' or 'give back'.
      """CREATE TABLE running (
-            serial INTEGER PRIMARY KEY AUTOINCREMENT,
+            slot INTEGER PRIMARY KEY,
             job TEXT NOT NULL UNIQUE,
-            slot INTEGER NOT NULL UNIQUE,
+            serial INTEGER NOT NULL,
             boot TEXT NOT NULL,
             started_at INTEGER NOT NULL,
-            wish TEXT)""",
-     "INSERT INTO sqlite_sequence (name, seq) VALUES ('running', 0)",
+            wish TEXT NOT NULL DEFAULT '')""",
      """CREATE TABLE attempts (
             serial INTEGER PRIMARY KEY,
             job TEXT NOT NULL,
@@ -1067,6 +1016,7 @@ MIGRATIONS = (
             worker INTEGER,
             started_at TEXT,
             finished_at TEXT,
+            ms INTEGER NOT NULL,
             exit_code INTEGER,
             signal TEXT,
             error TEXT,
@@ -1083,7 +1033,8 @@ MIGRATIONS = (
      "CREATE TABLE unique_keys (key TEXT PRIMARY KEY, job TEXT NOT NULL)",
      # What was answered to the last changes: a client whose connection broke may ask again.
      "CREATE TABLE answers (number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)",
-     # One row. By state: how many jobs there are; changes: of settings, pause or limits.
+     # One row. By state: how many jobs there are; serial: of the last attempt; changes: of
+     # settings, pause or limits.
      """CREATE TABLE totals (
             pending INTEGER DEFAULT 0,
             processing INTEGER DEFAULT 0,
@@ -1091,6 +1042,7 @@ MIGRATIONS = (
             failed INTEGER DEFAULT 0,
             dead INTEGER DEFAULT 0,
             cancelled INTEGER DEFAULT 0,
+            serial INTEGER DEFAULT 0,
             changes INTEGER DEFAULT 0,
             jobs_enqueued INTEGER DEFAULT 0,
             jobs_completed INTEGER DEFAULT 0,
@@ -1124,7 +1076,16 @@ MIGRATIONS = (
                 completed = completed + (NEW.state IS 'completed') - (OLD.state IS 'completed'),
                 failed = failed + (NEW.state IS 'failed') - (OLD.state IS 'failed'),
                 dead = dead + (NEW.state IS 'dead') - (OLD.state IS 'dead'),
-                cancelled = cancelled + (NEW.state IS 'cancelled') - (OLD.state IS 'cancelled');
+                cancelled = cancelled + (NEW.state IS 'cancelled') - (OLD.state IS 'cancelled'),
+                serial = MAX(serial, COALESCE(NEW.serial, 0)),
+                jobs_completed = jobs_completed + (NEW.state IS 'completed'),
+                jobs_died = jobs_died + (NEW.state IS 'dead');
+        END""",
+     """CREATE TRIGGER attempts_added AFTER INSERT ON attempts BEGIN
+            UPDATE totals
+            SET failed_attempts = failed_attempts + (NEW.error IS NOT NULL),
+                runtime_ms = runtime_ms + (NEW.error IS NULL) * NEW.ms,
+                longest_ms = MAX(longest_ms, (NEW.error IS NULL) * NEW.ms);
         END""",
      """CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
             UPDATE totals
@@ -1170,7 +1131,7 @@ def sqlite_uri(path, mode="rw"):
 
 class Store:
     """The database of the queue at `place`, or an empty one in memory. One a process, opened after
-    any fork and closed before one: a connection must not cross it.
+    any fork and closed before one: a connection must not cross it. Threads may share it.
 
     patience_s, door  see Turn
     Raises StorageError; what could not be done is undone.
@@ -1180,34 +1141,28 @@ class Store:
         import sqlite3
         import threading
         self.sqlite3 = sqlite3
-        self.thread = threading.get_ident
         self.place = place
-        self.memory = memory
         self.path = ":memory:" if memory else place.db
+        self.memory = memory
         self.patience_s = patience_s
         self.door = door
-        self.sync_mutex = threading.Lock()  # of a sync, and of what reopens
-        self.mutex = threading.RLock()      # of a transaction; taken second where both are
-        self.owner = None                   # the thread that is in a transaction
+        self.mutex = threading.RLock()      # of the connection
+        self.sync_mutex = threading.Lock()  # of the -wal; taken second where both are
+        self.inside = False                 # a transaction
         self.commits = 0                    # so many were made,
         self.synced = self.failed = 0       # so many are on the disk; the last of a sync that failed
-        self.connection = self.cursor = self.wal = None
-        self.broken = False                 # after trouble: the next use opens anew
+        self.connection = self.cursor = self.wal = self.turn = None
+        self.broken = True                  # at first and after trouble: the next use opens anew
         self.file = None                    # os.stat of the database
-        self.changes = None                 # as in totals, when the settings were read
+        self.serial = self.changes = None   # as in totals, when they were read
         self.settings = {}
         self.paused = None                  # the reason of a pause
-        self.turn = None
         if not memory:
             place.check()
-            if place.exists() and not os.path.isdir(place.run):
+            if place.exists() and not os.path.isdir(place.file("")):
                 self.recognise()
-            private_directory(place.run)
-        try:
-            self.reopen()
-        except BaseException:
-            self.close()
-            raise
+            private_directory(place.file(""))
+        self.query("SELECT 1")
 
     # -- opening
 
@@ -1222,17 +1177,6 @@ class Store:
             except self.sqlite3.Error as error:
                 raise storage_error(self.path, error)
 
-    @contextmanager
-    def in_turn(self):
-        """Within the block the lock is ours."""
-        if self.turn:
-            self.turn.take(self.patience_s)
-        try:
-            yield
-        finally:
-            if self.turn:
-                self.turn.release()
-
     def patiently(self, action):
         """Do it; while another process has the turn or the database, again, for some time."""
         until = monotonic() + (self.patience_s or PATIENCE_S)
@@ -1246,81 +1190,75 @@ class Store:
 
     def reopen(self):
         """(Re)open the connection, in turn: SQLite recovers then."""
-        def action():
-            if self.turn is None and not self.memory:
-                self.turn = Turn(self.place, self.door)
-            with self.sync_mutex, self.mutex, self.in_turn():
+        if self.turn is None and not self.memory:
+            self.turn = Turn(self.place, self.patience_s, self.door)
+        with self.sync_mutex, self.in_turn():
+            self.disconnect()
+            try:
+                self.connect()
+                if self.failed > self.synced:  # what is on no disk yet
+                    self.query("PRAGMA wal_checkpoint")
+            except BaseException as error:
                 self.disconnect()
-                try:
-                    self.connect()
-                    if self.failed > self.synced:  # what is on no disk yet
-                        self.query("PRAGMA wal_checkpoint")
-                except self.sqlite3.Error as error:
+                if isinstance(error, self.sqlite3.Error):
                     raise storage_error(self.path, error)
-        self.patiently(action)
+                raise
 
     def connect(self):
         if not (self.memory or self.place.exists()):
             os.close(open_private(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        uri = self.path if self.memory else sqlite_uri(self.path)
-        self.connection = self.sqlite3.connect(uri, timeout=BUSY_S, isolation_level=None,
-                                               uri=not self.memory, check_same_thread=False)
+        self.connection = self.sqlite3.connect(
+            self.path if self.memory else sqlite_uri(self.path), timeout=BUSY_S,
+            isolation_level=None, uri=not self.memory, check_same_thread=False)
         self.cursor, self.broken = self.connection.cursor(), False
         version = self.value("PRAGMA user_version")
         if version > len(MIGRATIONS):
             raise StorageError("%s was made by a newer queuectl (schema %d, this is %s with %d);"
                                " use that one" % (self.path, version, VERSION, len(MIGRATIONS)))
         if version == 0:
-            self.query("PRAGMA page_size = 1024")  # a new file's: whole pages are written
-        if not self.memory and self.value("PRAGMA journal_mode = WAL") != "wal":
+            self.execute("PRAGMA page_size = 1024")  # a new file's: whole pages are written
+        if self.value("PRAGMA journal_mode = WAL") not in ("wal", "memory"):
             raise StorageError("%s can't use WAL; check its file system" % self.path)
         if version < len(MIGRATIONS):
             self.migrate(version)
         for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 4000",
                        "journal_size_limit = 8388608", "temp_store = MEMORY"):
             self.query("PRAGMA " + pragma)
+        self.changes = None
+        self.refresh()  # the first read, which opens -wal
         if not self.memory:
-            self.query("SELECT 1 FROM jobs LIMIT 1")  # opens -wal
             self.file = os.lstat(self.path)
             self.wal = os.open(self.path + "-wal", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self.changes = None
-        self.refresh()
 
     def migrate(self, version):
         """Bring the schema up to date, while no daemon runs."""
-        held = None
-        if not self.memory:
-            try:
-                held = self.place.hold_daemon(0)
-            except Failure as error:
-                raise StorageError("%s has an older schema, which only changes while no daemon"
-                                   " runs; restart it: queuectl daemon stop, worker start (%s)"
-                                   % (self.path, error))
+        try:
+            held = None if self.memory else self.place.hold_daemon(0)
+        except Failure as error:
+            raise StorageError("%s has an older schema, which only changes while no daemon runs;"
+                               " restart it: queuectl daemon stop, worker start (%s)"
+                               % (self.path, error))
         try:
             for number in range(version, len(MIGRATIONS)):
-                self.query("BEGIN IMMEDIATE")
-                try:
-                    for statement in MIGRATIONS[number]:
-                        self.query(statement)
-                    self.query("PRAGMA user_version = %d" % (number + 1))
-                    self.query("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
-                    self.query("COMMIT")
-                except BaseException:
-                    self.rollback()
-                    raise
+                self.execute("BEGIN IMMEDIATE")
+                for statement in MIGRATIONS[number]:
+                    self.execute(statement)
+                self.execute("PRAGMA user_version = %d" % (number + 1))
+                self.execute("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
+                self.execute("COMMIT")  # else `reopen` closes, which undoes it
         finally:
             if held is not None:
                 os.close(held)
 
     def disconnect(self):
         """Close what is open. The cursor first: while one lives, so do the connection's files."""
-        for closes in (self.cursor, self.connection):
-            if closes is not None:
-                with suppress(self.sqlite3.Error):
-                    closes.close()
+        for closes in filter(None, (self.cursor, self.connection)):
+            with suppress(self.sqlite3.Error):
+                closes.close()
         if self.wal is not None:
             os.close(self.wal)
         self.connection = self.cursor = self.wal = None
+        self.broken = True
 
     def close(self):
         """In turn: the last connection copies the -wal into the database and removes it. To use the
@@ -1330,15 +1268,24 @@ class Store:
         self.disconnect()
         if self.turn:
             self.turn.close()
-        self.turn, self.broken = None, True
+            self.turn = None
 
     # -- transactions
 
     @contextmanager
+    def in_turn(self):
+        """Within the block the lock is ours."""
+        if self.turn:
+            self.turn.take()
+        try:
+            yield
+        finally:
+            if self.turn:
+                self.turn.release()
+
+    @contextmanager
     def transaction(self):
         """All or nothing, in turn. Busy if another process keeps its lock beyond our patience."""
-        if self.broken:
-            self.reopen()
         with self.mutex:
             self.patiently(self.begin)
             try:
@@ -1350,23 +1297,21 @@ class Store:
                 self.rollback()
                 raise
             finally:
-                self.owner = None
-                if self.turn:
-                    self.turn.release()
+                self.end()
 
     def begin(self):
         """Take the turn, then SQLite's own lock; if another program has that, let others go on."""
+        if self.broken:
+            self.reopen()
         if self.turn:
-            self.turn.take(self.patience_s)
-        self.owner = self.thread()
+            self.turn.take()
         try:
+            self.inside = True
             self.execute("BEGIN IMMEDIATE")
             self.refresh()
         except BaseException:
             self.rollback()
-            self.owner = None
-            if self.turn:
-                self.turn.release()
+            self.end()
             raise
 
     def rollback(self):
@@ -1376,6 +1321,11 @@ class Store:
                 self.cursor.execute("ROLLBACK")
         except self.sqlite3.Error:
             self.broken = True
+
+    def end(self):
+        self.inside = False
+        if self.turn:
+            self.turn.release()
 
     def check_file(self):
         """Raise unless the path still leads to the file that is open: SQLite writes on into a
@@ -1394,7 +1344,7 @@ class Store:
         that wait for it; its error refuses them all, since Linux tells it once."""
         wanted = self.commits
         with self.sync_mutex:
-            if self.turn is None or self.synced >= wanted > self.failed:
+            if self.memory or self.synced >= wanted > self.failed:
                 return
             upto = self.commits
             try:
@@ -1407,47 +1357,41 @@ class Store:
                 raise storage_error(self.path, error)
 
     def execute(self, sql, values=()):
+        """The cursor after a statement; `rowcount` tells how many rows were written."""
         try:
             return self.cursor.execute(sql, values)
         except self.sqlite3.Error as error:
             raise storage_error(self.path, error)
 
+    def execute_all(self, sql, rows):
+        try:
+            self.cursor.executemany(sql, rows)
+        except self.sqlite3.Error as error:
+            raise storage_error(self.path, error)
+
     def query(self, sql, values=()):
         """All rows: an open cursor would hide others' writes."""
-        if self.broken and self.owner != self.thread():
-            self.reopen()
         with self.mutex:
-            try:
-                return self.cursor.execute(sql, values).fetchall()
-            except self.sqlite3.Error as error:
-                raise storage_error(self.path, error)
+            if self.broken and not self.inside:
+                self.patiently(self.reopen)
+            return self.execute(sql, values).fetchall()
 
     def value(self, sql, values=()):
         """The first column of the first row, or None."""
         rows = self.query(sql, values)
         return rows[0][0] if rows else None
 
-    def write(self, sql, values=()):
-        """The number of rows written."""
-        return self.execute(sql, values).rowcount
-
-    def write_all(self, sql, rows):
-        try:
-            self.cursor.executemany(sql, rows)
-        except self.sqlite3.Error as error:
-            raise storage_error(self.path, error)
-
     # -- settings, pause, answers
 
     def refresh(self):
         """Read the settings if they have changed. What is missing, NULL or nonsense has its
         default."""
-        changes = self.value("SELECT changes FROM totals")
+        (changes, self.serial), = self.query("SELECT changes, serial FROM totals")
         if changes == self.changes:
             return
         stored = dict(self.query("SELECT key, value FROM config WHERE value IS NOT NULL"))
         self.paused = stored.pop("paused", None)
-        self.settings = {key: setting.default for key, setting in SETTINGS.items()}
+        self.settings = {key: default for key, (default, _) in SETTINGS.items()}
         for key, value in stored.items():
             with suppress(Failure):
                 self.settings[key] = read_setting(key, value)
@@ -1455,8 +1399,8 @@ class Store:
 
     def configure(self, key, value):
         """Store a setting, as text by the column's type; None: its default."""
-        self.write("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)", (key, value))
-        self.write("UPDATE totals SET changes = changes + 1")
+        self.execute("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)", (key, value))
+        self.execute("UPDATE totals SET changes = changes + 1")
         self.refresh()
 
     def recall(self, once):
@@ -1467,30 +1411,30 @@ class Store:
         """Keep what was answered to the change `once` (None: to one that can't be asked again); a
         daemon's are counted."""
         if once:
-            self.write("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
-            self.write("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?",
-                       (ANSWERS,))
+            self.execute("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
+            self.execute("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?",
+                         (ANSWERS,))
         if served:
-            self.write("""UPDATE metrics SET total_commands = total_commands + 1
-                          WHERE id = (SELECT MAX(id) FROM metrics)""")
+            self.execute("""UPDATE metrics SET total_commands = total_commands + 1
+                            WHERE id = (SELECT MAX(id) FROM metrics)""")
 
     def note_startup(self, now):
-        self.write("INSERT INTO metrics (daemon_startup, total_commands) VALUES (?, 0)",
-                   (iso(now),))
+        self.execute("INSERT INTO metrics (daemon_startup, total_commands) VALUES (?, 0)",
+                     (iso(now),))
 
     # -- jobs coming in
 
     def insert(self, jobs):
         """(new) -> pending. The caller has seen that the ids are free."""
-        self.write_all("INSERT INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields)), jobs)
+        self.execute_all("INSERT INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields)), jobs)
         for job in jobs:
             self.hold_key(job)
 
     def hold_key(self, job):
         """From now on the unique key that it has is its own."""
         if job.unique:
-            self.write("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
-                       (job.unique, job.id))
+            self.execute("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
+                         (job.unique, job.id))
 
     def holder(self, key):
         """The id of the unfinished job that holds the unique key, or None."""
@@ -1499,12 +1443,10 @@ class Store:
                              WHERE unique_keys.key = ? AND jobs."unique" = unique_keys.key
                                AND jobs.state IN ('pending', 'processing', 'failed')""", (key,))
 
-    def has_strangers(self):
-        """Whether there are rows of another program to be checked."""
-        return self.value("SELECT EXISTS (SELECT 1 FROM jobs WHERE due = 0)") == 1
-
-    def strangers(self):
-        """[(rowid, Job)] inserted by another program, some at a time."""
+    def unchecked(self):
+        """[(rowid, Job)] inserted by another program and not checked yet, some at a time."""
+        if not self.value("SELECT 1 FROM jobs WHERE due = 0 LIMIT 1"):
+            return []
         self.connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         try:
             rows = self.query("SELECT rowid, %s FROM jobs WHERE due = 0 LIMIT ?" % LOOK, (STEP,))
@@ -1512,20 +1454,20 @@ class Store:
             self.connection.text_factory = str
         return [(row[0], Job._make(row[1:])) for row in rows]
 
-    def adopt(self, rowid, job):
+    def replace(self, rowid, job):
         """(new) -> pending, or whatever state another program gave its row."""
-        self.write("UPDATE jobs SET %s WHERE rowid = ?" % ", ".join(
+        self.execute("UPDATE jobs SET %s WHERE rowid = ?" % ", ".join(
             "[%s] = ?" % name for name in Job._fields), (*job, rowid))
 
     # -- jobs coming due
 
     def promote(self, now):
         """Make due jobs ready, so many at a time; the number of them."""
-        return self.write("""UPDATE jobs SET ready = 1, due = NULL
-                             WHERE rowid IN (SELECT rowid FROM jobs
-                                             WHERE due > 0 AND due <= :now
-                                             ORDER BY due LIMIT :most)""",
-                          {"now": now, "most": STEP})
+        return self.execute("""UPDATE jobs SET ready = 1, due = NULL
+                               WHERE rowid IN (SELECT rowid FROM jobs
+                                               WHERE due > 0 AND due <= :now
+                                               ORDER BY due LIMIT :most)""",
+                            {"now": now, "most": STEP}).rowcount
 
     def next_due(self):
         """ms when the next job comes due; the end of all dates if none does."""
@@ -1535,10 +1477,10 @@ class Store:
 
     def pull_in(self, now):
         """Backoffs that reach further than `max-delay` come from a clock that was set back."""
-        return self.write("""UPDATE jobs SET due = :now
-                             WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_finished
-                                             WHERE state = 'failed' AND due > :latest)""",
-                          {"now": now, "latest": now + self.settings["max-delay"]})
+        self.execute("""UPDATE jobs SET due = :now
+                        WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_finished
+                                        WHERE state = 'failed' AND due > :latest)""",
+                     {"now": now, "latest": now + self.settings["max-delay"]})
 
     def claimable(self, most):
         """How many jobs a worker could claim now, counted up to `most`."""
@@ -1554,27 +1496,25 @@ class Store:
         (of the ids `only`: of one that is due, too), or None."""
         if self.paused is not None:
             return None
-        which = "ready = 1" if only is None else (
-            "id IN (%s) AND (ready = 1 OR due > 0 AND due <= %d)" % (marks(only), now))
         rows = self.query("""SELECT rowid, id, runs + 1, attempts, max_retries, timeout, command,
                                     cwd, env, environ
                              FROM jobs
                              WHERE %s
                                AND NOT EXISTS (SELECT 1 FROM running WHERE running.job = jobs.id)
                              ORDER BY priority DESC, rowid
-                             LIMIT 1""" % which, tuple(only or ()))
+                             LIMIT 1""" % (
+            "ready = 1" if only is None else
+            "id IN (%s) AND (ready = 1 OR due > 0 AND due <= %d)" % (marks(only), now)), only or ())
         if not rows:
             return None
-        rowid, job, number = rows[0][:3]
-        serial = self.execute(
-            "INSERT INTO running (job, slot, boot, started_at) VALUES (?, ?, ?, ?)",
-            (job, slot, boot, now)).lastrowid
-        stamp = iso(now)
-        self.write("""UPDATE jobs
-                      SET state = 'processing', ready = NULL, due = NULL, serial = ?, runs = ?,
-                          locked_at = ?, started_at = ?, updated_at = ?
-                      WHERE rowid = ?""", (serial, number, stamp, stamp, stamp, rowid))
-        return Claim(serial, slot, boot, now, None, *rows[0][1:])
+        (rowid, job, number, *_), stamp, serial = rows[0], iso(now), self.serial + 1
+        self.execute("INSERT INTO running (slot, job, serial, boot, started_at) VALUES (?, ?, ?, ?, ?)",
+                     (slot, job, serial, boot, now))
+        self.execute("""UPDATE jobs
+                        SET state = 'processing', ready = NULL, due = NULL, serial = ?, runs = ?,
+                            locked_at = ?, started_at = ?, updated_at = ?
+                        WHERE rowid = ?""", (serial, number, stamp, stamp, stamp, rowid))
+        return Claim(serial, slot, boot, now, "", *rows[0][1:])
 
     def open_claims(self, slot=None, job=None):
         """The Claims of all open attempts, of the one in a slot, or of the one of a job."""
@@ -1592,93 +1532,85 @@ class Store:
         """{slot: wish} of the open attempts."""
         return dict(self.query("SELECT slot, wish FROM running"))
 
-    def is_open(self, serial):
-        """Whether the attempt has yet to be recorded."""
-        return bool(self.query("SELECT 1 FROM running WHERE serial = ?", (serial,)))
-
-    def wish(self, serial):
-        """What somebody wishes of the open attempt: None, "cancel" or "give back"."""
-        return self.value("SELECT wish FROM running WHERE serial = ?", (serial,))
+    def wish(self, slot, serial):
+        """What somebody wishes of an open attempt: "", "cancel" or "give back"; None once it is
+        recorded."""
+        return self.value("SELECT wish FROM running WHERE slot = ? AND serial = ?", (slot, serial))
 
     def wish_end(self, wish, *, jobs=(), slots=()):
         """Note the wish on the open attempts of these jobs, or in these slots. A cancel replaces a
         give back, never the reverse."""
-        self.write_all("""UPDATE running SET wish = :wish
-                          WHERE job = :job AND (wish IS NULL OR :wish = 'cancel')""",
-                       [{"wish": wish, "job": job} for job in jobs])
-        self.write_all("UPDATE running SET wish = ? WHERE slot = ? AND wish IS NULL",
-                       [(wish, slot) for slot in slots])
+        for column, values in (("job", jobs), ("slot", slots)):
+            self.execute_all("""UPDATE running SET wish = :wish
+                                WHERE %s = :of AND (wish = '' OR :wish = 'cancel')""" % column,
+                             [{"wish": wish, "of": value} for value in values])
 
     def raise_serial(self, serial):
         """Give no attempt a number up to `serial`."""
-        self.write("UPDATE sqlite_sequence SET seq = MAX(seq, ?) WHERE name = 'running'",
-                   (serial,))
+        self.execute("UPDATE totals SET serial = MAX(serial, ?)", (serial,))
 
     def finish(self, claim, verdict, outcome, worker):
         """processing -> completed, failed, dead or cancelled, with the attempt's record. Whether the
         job was still there: another program may have deleted it."""
-        self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
+        self.execute("DELETE FROM running WHERE slot = ?", (claim.slot,))
         status, ended = outcome.status, iso(outcome.ended_at)
         code = status if status is not None and status >= 0 and not outcome.reason else None
-        over = verdict.state in FINISHED
-        if not self.write("""UPDATE jobs
-                             SET state = ?, attempts = ?, due = ?,
-                                 run_after = COALESCE(?, run_after), exit_code = ?, error = ?,
-                                 finished_at = ?, updated_at = ?, locked_at = NULL, serial = NULL
-                             WHERE id = ? AND serial = ?""", (
-                verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
-                verdict.error, ended if over else None, ended, claim.job, claim.serial)):
+        if not self.execute(
+                """UPDATE jobs
+                   SET state = ?, attempts = ?, due = ?, run_after = COALESCE(?, run_after),
+                       exit_code = ?, error = ?, finished_at = ?, updated_at = ?, locked_at = NULL,
+                       serial = NULL
+                   WHERE id = ? AND serial = ?""", (
+                    verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
+                    verdict.error, ended if verdict.state in FINISHED else None, ended, claim.job,
+                    claim.serial)).rowcount:
             return False
-        self.write("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
-            claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended, code,
+        self.execute("""INSERT INTO attempts (serial, job, number, worker, started_at, finished_at,
+                                              ms, exit_code, signal, error, dropped, output)
+                        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", (
+            claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended,
+            max(outcome.ended_at - claim.started_at, 0), code,
             signal_name(-status) if status is not None and status < 0 else None, verdict.error,
             outcome.dropped, outcome.output or None))
-        done = verdict.state == "completed"
-        ms = max(outcome.ended_at - claim.started_at, 0) * done
-        self.write("""UPDATE totals
-                      SET jobs_completed = jobs_completed + ?, jobs_died = jobs_died + ?,
-                          failed_attempts = failed_attempts + ?, runtime_ms = runtime_ms + ?,
-                          longest_ms = MAX(longest_ms, ?)""",
-                   (done, verdict.state == "dead", not done, ms, ms))
         return True
 
     def give_back(self, claim, verdict, now):
         """processing -> pending or failed, as it was: the attempt does not count."""
-        self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
-        self.write("""UPDATE jobs
-                      SET state = ?, ready = 1, runs = runs - 1, updated_at = ?,
-                          locked_at = NULL, serial = NULL
-                      WHERE id = ? AND serial = ?""",
-                   (verdict.state, iso(now), claim.job, claim.serial))
+        self.execute("DELETE FROM running WHERE slot = ?", (claim.slot,))
+        self.execute("""UPDATE jobs
+                        SET state = ?, ready = 1, runs = runs - 1, updated_at = ?,
+                            locked_at = NULL, serial = NULL
+                        WHERE id = ? AND serial = ?""",
+                     (verdict.state, iso(now), claim.job, claim.serial))
 
     def cancel(self, job_id, now):
         """pending or failed -> cancelled."""
         stamp = iso(now)
-        self.write("""UPDATE jobs
-                      SET state = 'cancelled', error = 'cancelled', ready = NULL, due = NULL,
-                          finished_at = ?, updated_at = ?
-                      WHERE id = ? AND state IN ('pending', 'failed')""", (stamp, stamp, job_id))
+        self.execute("""UPDATE jobs
+                        SET state = 'cancelled', error = 'cancelled', ready = NULL, due = NULL,
+                            finished_at = ?, updated_at = ?
+                        WHERE id = ? AND state IN ('pending', 'failed')""", (stamp, stamp, job_id))
 
     def requeue(self, job, now):
-        """Any end, or failed -> pending, its attempts back at 0 and, where it brought none of its
-        own, the present settings."""
+        """Any end -> pending, its attempts back at 0 and, where it brought none of its own, the
+        present settings."""
         stamp = iso(now)
-        self.write("""UPDATE jobs
-                      SET state = 'pending', attempts = 0, ready = 1, due = NULL, run_after = ?,
-                          updated_at = ?, finished_at = NULL, exit_code = NULL, error = NULL,
-                          timeout = ?, max_retries = ?
-                      WHERE id = ? AND state NOT IN ('pending', 'processing')""", (
+        self.execute("""UPDATE jobs
+                        SET state = 'pending', attempts = 0, ready = 1, due = NULL, run_after = ?,
+                            updated_at = ?, finished_at = NULL, exit_code = NULL, error = NULL,
+                            timeout = ?, max_retries = ?
+                        WHERE id = ? AND state NOT IN ('pending', 'processing')""", (
             stamp, stamp, job.timeout if job.own & OWN_TIMEOUT else self.settings["timeout"],
             job.max_retries if job.own & OWN_RETRIES else self.settings["max-retries"], job.id))
         self.hold_key(job)
 
     def hasten(self, job_id, now):
         """A failed job is tried now."""
-        self.write("""UPDATE jobs SET ready = 1, due = NULL, run_after = ?
-                      WHERE id = ? AND state = 'failed'""", (iso(now), job_id))
+        self.execute("""UPDATE jobs SET ready = 1, due = NULL, run_after = ?
+                        WHERE id = ? AND state = 'failed'""", (iso(now), job_id))
 
     def delete(self, ids):
-        self.write_all("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in ids])
+        self.execute_all("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in ids])
 
     def expired(self, now):
         """The ids of completed jobs older than the `retention`, some at a time."""
@@ -1702,54 +1634,50 @@ class Store:
         return [row[0] for row in self.query("SELECT id FROM jobs WHERE id >= ? AND id < ? LIMIT 2",
                                              (prefix, prefix + "\U0010ffff"))]
 
-    def select(self, states=(), match=None, before=None, limit=None):
+    def select(self, states=(), match=None, before=None, limit=-1):
         """The rowids, oldest first, of the jobs in these states (none given: in all), with `match`
         in their id or command, that ended before a date: the newest `limit` of them."""
         import array
         where, values = ["1"], []
-        if states:
-            where.append("state IN (%s)" % marks(states))
-            values += states
-        if match is not None:
-            where.append("(instr(id, ?) OR instr(command, ?))")
-            values += [match, match]
-        if before is not None:
-            where.append("finished_at <= ?")
-            values.append(before)
+        for given, condition, more in (
+                (states, "state IN (%s)" % marks(states), states),
+                (match, "(instr(id, ?) OR instr(command, ?))", [match] * 2),
+                (before, "finished_at <= ?", [before])):
+            if given:
+                where.append(condition)
+                values.extend(more)
         with self.mutex:
             found = array.array("q", (row[0] for row in self.execute(
                 "SELECT rowid FROM jobs WHERE %s ORDER BY rowid DESC LIMIT ?" % " AND ".join(where),
-                values + [-1 if limit is None else limit])))
+                values + [limit])))
         found.reverse()
         return found
 
     def jobs(self, rowids):
         """The Jobs in these rows, page by page; those deleted meanwhile are left out."""
         for at in range(0, len(rowids), PAGE):
-            page = rowids[at:at + PAGE]
+            page = rowids[at:at + PAGE].tolist()
             for row in self.query("SELECT %s FROM jobs WHERE rowid IN (%s) ORDER BY rowid"
-                                  % (LOOK, marks(page)), page.tolist()):
+                                  % (LOOK, marks(page)), page):
                 yield Job._make(row)
 
-    def states(self, ids):
-        """[(id, state, exit_code, error)] of those of the jobs (PAGE at the most) that exist."""
-        return self.query("SELECT id, state, exit_code, error FROM jobs WHERE id IN (%s)"
-                          % marks(ids), ids)
-
-    def first(self, where, values, order, limit):
-        """The Jobs where that holds, so many of them in that order."""
-        return [Job._make(row) for row in self.query(
-            "SELECT %s FROM jobs %s ORDER BY %s LIMIT %d" % (LOOK, where, order, limit), values)]
+    def ends(self, ids):
+        """[(id, state, exit_code, error)] of those of the jobs that exist."""
+        return [row for at in range(0, len(ids), PAGE) for row in self.query(
+            "SELECT id, state, exit_code, error FROM jobs WHERE id IN (%s)"
+            % marks(ids[at:at + PAGE]), ids[at:at + PAGE])]
 
     def last_deaths(self, limit):
         """The Jobs that died last, latest first."""
-        return self.first("INDEXED BY jobs_finished WHERE state = 'dead'", (),
-                          "finished_at DESC", limit)
+        return map(Job._make, self.query(
+            "SELECT %s FROM jobs INDEXED BY jobs_finished WHERE state = 'dead'"
+            " ORDER BY finished_at DESC LIMIT ?" % LOOK, (limit,)))
 
     def next_retries(self, limit):
         """The failed Jobs that are tried next."""
-        return self.first("INDEXED BY jobs_due WHERE due > 0 AND +state = 'failed'", (), "due",
-                          limit)
+        return map(Job._make, self.query(
+            "SELECT %s FROM jobs INDEXED BY jobs_due WHERE due > 0 AND +state = 'failed'"
+            " ORDER BY due LIMIT ?" % LOOK, (limit,)))
 
     def unsettled(self, now):
         """Whether jobs run, are ready or wait for another try; not for the time a user gave."""
@@ -1776,8 +1704,9 @@ class Store:
 
     def totals(self):
         """{column: number} of the table totals: jobs by state, and what was counted so far."""
-        rows = self.query("SELECT * FROM totals")
-        return dict(zip((column[0] for column in self.cursor.description), rows[0]))
+        with self.mutex:
+            rows = self.query("SELECT * FROM totals")
+            return dict(zip((column[0] for column in self.cursor.description), rows[0]))
 
     def counts(self):
         """{state: number of jobs}"""
@@ -1830,27 +1759,20 @@ class Store:
         for pragma in ("page_size = 1024", "journal_mode = OFF", "synchronous = OFF"):
             self.query("PRAGMA copy." + pragma)
         self.query("BEGIN")
-        made = self.query("""SELECT type, name, sql FROM main.sqlite_master
-                             WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_stat*'
-                             ORDER BY type = 'table' DESC, rowid""")
-        into = re.compile(r"(CREATE (?:TABLE|UNIQUE INDEX|INDEX|TRIGGER)) ")
-        for kind, name, sql in made:
+        for kind, name, sql in self.query("""SELECT type, name, sql FROM main.sqlite_master
+                                             WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_stat*'
+                                             ORDER BY type = 'table' DESC, rowid"""):
             quoted = '"%s"' % name.replace('"', '""')
             if name != "sqlite_sequence":  # there as soon as it is needed
-                self.query(into.sub(r"\1 copy.", sql, 1))
+                self.query(re.sub(r"^(CREATE (TABLE|UNIQUE INDEX|INDEX|TRIGGER)) ", r"\1 copy.", sql))
             if kind == "table":
                 self.query("DELETE FROM copy." + quoted)  # sqlite_sequence counted along
                 self.query("INSERT INTO copy.%s SELECT * FROM main.%s" % (quoted, quoted))
-        self.query("PRAGMA copy.user_version = %d" % self.value("PRAGMA main.user_version"))
+        self.query("PRAGMA copy.user_version = %d" % len(MIGRATIONS))
         self.query("COMMIT")
         if self.query("PRAGMA copy.integrity_check") != [("ok",)]:
             raise StorageError("the copy in %s is damaged; check that disk" % target)
         return self.value("SELECT COUNT(*) FROM copy.jobs")
-
-
-def sqlite_version():
-    import sqlite3
-    return sqlite3.sqlite_version
 
 
 # ---- Requests -----------------------------------------------------------------------------------
@@ -1859,14 +1781,14 @@ def sqlite_version():
 
 # now: ms; served: whether a daemon performs it
 Context = collections.namedtuple("Context", "store now served")
-OPERATIONS = {}  # (command, option) -> (whether it changes the queue, function, its arguments)
+OPERATIONS = {}  # "dlq retry" -> (whether it changes the queue, function, names of its arguments)
 
 
-def operation(command, option=None, *, changes=True):
+def operation(name, *, changes=True):
     """Register what a request does; a `value` by itself is its first argument."""
     def register(function):
         code = function.__code__
-        OPERATIONS[command, option] = changes, function, code.co_varnames[1:code.co_argcount]
+        OPERATIONS[name] = changes, function, code.co_varnames[1:code.co_argcount]
         return function
     return register
 
@@ -1877,27 +1799,26 @@ def reply(message, **more):
 
 def resolve(request):
     """(whether it changes the queue, function, {argument: value}) that a request stands for."""
-    if not isinstance(request, dict) or not isinstance(request.get("command"), str):
+    if not isinstance(request, dict):
         raise Failure('a request is an object like {"command":"status"}')
-    command, option = request["command"], request.get("option") or None
-    flag, value = request.get("flag"), request.get("value")
-    if command == "config" and option in (None, "set") and flag:  # as the original has it
-        option, flag, value = "set", None, {"key": flag, "value": value}
+    command, option, flag, value = map(request.get, ("command", "option", "flag", "value"))
+    if command == "config" and flag:  # as the original has it
+        option, flag, value = option or "set", None, {"key": flag, "value": value}
+    name = ("%s %s" % (command, option or "")).strip()
     versions = "the daemon is queuectl %s, the request is of %s" % (
         VERSION, str(request.get("version", "an unknown one"))[:20])
-    if not isinstance(option, (str, type(None))) or (command, option) not in OPERATIONS:
+    if name not in OPERATIONS:
         raise Failure("unknown command %s (%s); known are %s" % (
-            compact([command, option])[:80], versions,
-            ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
-    changes, function, names = OPERATIONS[command, option]
+            name[:80], versions, ", ".join(sorted(OPERATIONS))))
+    changes, function, known = OPERATIONS[name]
     if flag is not None:
         value = {str(flag).lstrip("-").replace("-", "_"): value}
     elif not isinstance(value, dict):
-        value = {} if value is None else {names[0] if names else "value": value}
-    for name in value:
-        if name not in names:
-            raise Failure("%s takes no %s (%s)" % (command, str(name)[:80], versions))
-    return changes, function, {name: one for name, one in value.items() if one is not None}
+        value = {(known + ("value",))[0]: value}
+    given = {name: one for name, one in value.items() if one is not None}
+    if not set(known).issuperset(given):
+        raise Failure("%s takes no %s (%s)" % (name, ", ".join(set(given) - set(known))[:80], versions))
+    return changes, function, given
 
 
 # -- what happens to jobs
@@ -1924,16 +1845,16 @@ def on_job_death(store, job_id, now):
     return new.id
 
 
-def adopt_strangers(store, now):
+def check_inserted(store, now):
     """Make rows that another program inserted jobs like any other; the number of them. One whose id
     has an open attempt waits until that is recorded."""
     count = 0
-    for rowid, row in store.strangers() if store.has_strangers() else ():
-        job = adopted(row, store.settings, now)
+    for rowid, row in store.unchecked():
+        job = job_of_others(row, store.settings, now)
         if job.id != row.id and store.job(job.id):
             job = job._replace(id=new_ids(now)[0])
         if not store.open_claims(job=job.id):
-            store.adopt(rowid, job)
+            store.replace(rowid, job)
             count += 1
             if job.state == "dead" != row.state:
                 on_job_death(store, job.id, now)
@@ -1945,31 +1866,30 @@ def perform(store, request, served=False, committed=lambda: None):
     answered again. `committed()` is called once it is made, before it is on the disk."""
     changes, function, arguments = resolve(request)
     if not changes:
-        store.refresh()
+        with store.mutex:
+            store.refresh()
         return function(Context(store, now_ms(), served), **arguments)
-    once = request.get("once")
-    once = once if is_text(once) else None
+    once = request.get("once") if is_text(request.get("once")) else None
     with store.transaction():
-        context = Context(store, now_ms(), served)
-        answered = once and store.recall(once)
-        answer = json.loads(answered) if answered else None
-        if answer is None:
-            adopt_strangers(store, context.now)
-            answer = function(context, **arguments)
-            store.remember(once, compact(answer), served)
+        answer = once and store.recall(once)
+        if not answer:
+            context = Context(store, now_ms(), served)
+            check_inserted(store, context.now)
+            answer = compact(function(context, **arguments))
+            store.remember(once, answer, served)
     committed()
     store.sync()
-    return answer
+    return json.loads(answer)
 
 
 def record(store, claim, outcome, worker, now):
     """Store what became of an attempt: (Verdict, id of the job enqueued by a death or None); None
     if it was recorded before."""
-    if not store.is_open(claim.serial):
+    wish = store.wish(claim.slot, claim.serial)
+    if wish is None:
         return None
-    spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
-    verdict = decide(claim._replace(wish=store.wish(claim.serial)), outcome, store.settings, now,
-                     spread)
+    spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1 if store.settings["jitter"] else 0
+    verdict = decide(claim._replace(wish=wish), outcome, store.settings, now, spread)
     if outcome.reason in GIVEN_BACK and verdict.state in ("pending", "failed"):
         store.give_back(claim, verdict, now)
         return verdict, None
@@ -1980,7 +1900,7 @@ def record(store, claim, outcome, worker, now):
 
 # -- changes
 
-def notes(context):
+def hindrances(context):
     """What an answer tells of that keeps a new job from running: "paused", or "workers" 0."""
     store = context.store
     if store.paused is not None:
@@ -2011,29 +1931,24 @@ def store_jobs(context, given, cwd, environ=None):
     return told, len(new)
 
 
-def as_environ(value):
-    """The JSON text of a caller's environment; its bytes that are no UTF-8 are lone surrogates."""
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError("must be an object of text to text")
-    return compact(value)
-
-
 @operation("enqueue")
 def op_enqueue(context, job=None, cwd=None, environ=None):
     """Store one job, given as JSON text or as an object."""
     given = decode_json(job, "the job") if isinstance(job, str) else job
     environ = environ and checked("environ", as_environ, environ)
     (job_id,), stored = store_jobs(context, [given], cwd, environ)
-    return reply("Job enqueued" if stored else "Job already queued", id=job_id, **notes(context))
+    return reply("Job enqueued" if stored else "Job already queued", id=job_id,
+                 **hindrances(context))
 
 
-@operation("enqueue", "batch")
+@operation("enqueue batch")
 def op_enqueue_batch(context, jobs=(), cwd=None):
     """Store all of the jobs, or none."""
     if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
         raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
     told, stored = store_jobs(context, jobs, cwd)
-    return reply("Enqueued %s" % plural(stored, "job"), ids=told, count=stored, **notes(context))
+    return reply("Enqueued %s" % plural(stored, "job"), ids=told, count=stored,
+                 **hindrances(context))
 
 
 def expect(job, states):
@@ -2042,11 +1957,11 @@ def expect(job, states):
                                                               " or ".join(states), job.id))
 
 
-def job_change(command, option=None, *, done):
+def job_change(name, done):
     """Register what a function does to one job as a change to many: to all that are named or to
     none; with `skip`, those that it refuses by a Failure are left out."""
     def register(act):
-        @operation(command, option)
+        @operation(name)
         def change(context, ids=(), skip=False):
             ids, changed, refused = [ids] if isinstance(ids, str) else ids, [], []
             if not isinstance(ids, list) or not 0 < len(ids) <= MAX_NAMED:
@@ -2074,13 +1989,13 @@ def requeue(context, job):
     context.store.requeue(job, context.now)
 
 
-@job_change("dlq", "retry", done="added to queue")
+@job_change("dlq retry", "added to queue")
 def retry_dead(context, job):
     expect(job, ("dead",))
     requeue(context, job)
 
 
-@job_change("retry", done="added to queue")
+@job_change("retry", "added to queue")
 def retry(context, job):
     """One that has ended runs again, a failed one now; one that waits or runs is left alone."""
     if job.state in FINISHED:
@@ -2089,16 +2004,14 @@ def retry(context, job):
         context.store.hasten(job.id, context.now)
 
 
-@job_change("cancel", done="cancelled")
+@job_change("cancel", "cancelled")
 def cancel(context, job):
     expect(job, UNFINISHED)
-    if job.state == "processing":
-        context.store.wish_end("cancel", jobs=[job.id])
-    else:
-        context.store.cancel(job.id, context.now)
+    context.store.wish_end("cancel", jobs=[job.id])
+    context.store.cancel(job.id, context.now)
 
 
-@job_change("delete", done="deleted")
+@job_change("delete", "deleted")
 def delete(context, job):
     expect(job, FINISHED)
     context.store.delete([job.id])
@@ -2118,16 +2031,15 @@ def op_resume(context):
     return reply("Queue resumed" if paused else "Queue was not paused")
 
 
-@operation("config", "set")
+@operation("config set")
 def op_config_set(context, key=None, value=None):
-    setting_of(key)
     text = value if isinstance(value, str) else compact(value)
     stored = read_setting(key, text)
     context.store.configure(key, None if text.strip() == "default" else stored)
     return reply("Updated %s to %s" % (key, text), value=stored)
 
 
-@operation("worker", "start")
+@operation("worker start")
 def op_worker_start(context, count=1):
     """Want so many workers more. Without a daemon nobody would start them."""
     count, wanted = checked("count", as_count, count), context.store.settings["workers"]
@@ -2139,18 +2051,18 @@ def op_worker_start(context, count=1):
     return reply("Started %s" % plural(count, "worker"), wanted=wanted + count)
 
 
-@operation("worker", "stop")
+@operation("worker stop")
 def op_worker_stop(context, count=None, now=False):
     """Want so many workers fewer (None: none at all); `now`: their jobs are to be given back."""
     store = context.store
     wanted = store.settings["workers"]
     fewer = wanted if count is None else min(checked("count", as_count, count), wanted)
     store.configure("workers", wanted - fewer)
+    busy = [claim for claim in store.open_claims() if wanted - fewer < claim.slot <= MAX_WORKERS]
     if now:
-        store.wish_end("give back", slots=[slot for slot in store.open_slots()
-                                           if wanted - fewer < slot <= MAX_WORKERS])
+        store.wish_end("give back", slots=[claim.slot for claim in busy])
     return reply("Stopped " + ("workers" if count is None else plural(fewer, "worker")),
-                 wanted=wanted - fewer)
+                 jobs=[claim.job for claim in busy])
 
 
 # -- looks
@@ -2162,10 +2074,10 @@ def status_of(store):
 
 
 def workers_of(store, now):
-    """[dict] of the workers; `since`: of its job, or of its leisure."""
+    """[dict] of the workers; `since`: of its job, or since when it is idle."""
     claims, found = {claim.slot: claim for claim in store.open_claims()}, []
     for slot in store.place.slots():
-        note, claim = read_note(store.place.file("w.%d" % slot)), claims.get(slot)
+        note, claim = store.place.note_of(slot), claims.get(slot)
         leaving = store.settings["workers"] < slot <= MAX_WORKERS
         found.append({"pid": note.get("pid"),
                       "state": "leaving" if leaving else "busy" if claim else "idle",
@@ -2178,14 +2090,16 @@ def metrics_of(store, now):
     """{name: number} of what was counted, and of what is now."""
     totals, counts, daemon = store.totals(), store.counts(), store.place.daemon()
     uptime_s = max(now - daemon.get("since", now), 0) // 1000
-    runtime = totals.pop("runtime_ms") / 1000.0
-    told = {name: value for name, value in totals.items() if name not in STATES + ("changes",)}
-    return dict(told, total_jobs=sum(counts.values()), completed_jobs=counts["completed"],
-                uptime="%d min" % (uptime_s // 60), total_commands=store.total_commands(),
-                average_runtime=round(runtime / max(totals["jobs_completed"], 1), 3),
-                max_runtime=told.pop("longest_ms") / 1000.0, dead_jobs=counts["dead"],
-                workers_running=len(store.place.slots()), jobs=counts, uptime_s=uptime_s,
-                total_runtime=runtime, database_bytes=store.size())
+    runtime = totals["runtime_ms"] / 1000.0
+    return dict(
+        {name: totals[name] for name in ("jobs_enqueued", "jobs_completed", "jobs_died",
+                                         "failed_attempts")},
+        total_jobs=sum(counts.values()), completed_jobs=counts["completed"],
+        uptime="%d min" % (uptime_s // 60), total_commands=store.total_commands(),
+        average_runtime=round(runtime / max(totals["jobs_completed"], 1), 3),
+        max_runtime=totals["longest_ms"] / 1000.0, dead_jobs=counts["dead"],
+        workers_running=len(store.place.slots()), jobs=counts, uptime_s=uptime_s,
+        total_runtime=runtime, database_bytes=store.size())
 
 
 @operation("status", changes=False)
@@ -2200,7 +2114,7 @@ def op_list(context, state=None):
     return reply(job.public() for job in store.jobs(store.select(states)))
 
 
-@operation("dlq", "list", changes=False)
+@operation("dlq list", changes=False)
 def op_dlq_list(context):
     return op_list(context, "dead")
 
@@ -2215,13 +2129,11 @@ def about_daemon(store, now):
     daemon = store.place.daemon()
     if not daemon:
         raise NoDaemon(store.place.db)
-    return {"pid": daemon["pid"], "version": daemon["version"], "db": utf8(store.path),
-            "socket": daemon["socket"], "uptime_s": max(now - daemon["since"], 0) // 1000,
-            "workers": len(store.place.slots()), "wanted": store.settings["workers"],
-            "stopping": daemon["stopping"]}
+    return dict(daemon, db=utf8(store.path), uptime_s=max(now - daemon["since"], 0) // 1000,
+                workers=len(store.place.slots()), wanted=store.settings["workers"])
 
 
-@operation("daemon", "status", changes=False)
+@operation("daemon status", changes=False)
 def op_daemon_status(context):
     return reply(about_daemon(context.store, context.now))
 
@@ -2231,7 +2143,7 @@ def op_daemon_status(context):
 #
 # Three things speak for an attempt when nobody else can: the lock on its run file, held by whatever
 # it left behind; QUEUECTL_RUN in their environment; and what the worker noted in its slot's file:
-# its own pid, the serial, the pid of the command's leader, and when that started.
+# the serial, the pid of the command's leader, and when that started.
 
 UNSTARTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT,
              errno.EROFS, errno.EIO)  # the host's fault, not the job's: burns no retry
@@ -2286,14 +2198,19 @@ def stop_rest(run_file, group, leads, mark=None):
         number, wait_s = signal.SIGKILL, min(wait_s, 0.1) * 2
 
 
+def dropped_of(fd):
+    """How many bytes are missing at the start of a run file, by its header: -1 while it is cut."""
+    return int(os.pread(fd, HEADER, 0).strip(b"\0\n") or 0)
+
+
 def read_running(run_file, offset, limit):
     """(bytes of what a running attempt wrote, from byte `offset` of it on, or from what is left of
     it on; where they start; where all of it ends); None while it is being cut, or gone."""
     with suppress(OSError, ValueError), open(run_file, "rb", buffering=0) as file:
-        dropped = int(os.pread(file.fileno(), HEADER, 0))
-        data = os.pread(file.fileno(), limit, HEADER + max(offset - dropped, 0))
-        end = dropped + os.fstat(file.fileno()).st_size - HEADER
-        if 0 <= dropped == int(os.pread(file.fileno(), HEADER, 0)):
+        fd, dropped = file.fileno(), dropped_of(file.fileno())
+        data = os.pread(fd, limit, HEADER + max(offset - dropped, 0))
+        end = dropped + max(os.fstat(fd).st_size - HEADER, 0)
+        if 0 <= dropped == dropped_of(fd):
             return data, max(offset, dropped), end
     return None
 
@@ -2306,12 +2223,7 @@ def tail_of(run_file, limit):
 
 
 class Attempt:
-    """One run of one command, on its worker's side.
-
-    `worker`: has place, store, null (/dev/null), poll (what it waits with), wake_fd (readable after
-    SIGCHLD), note(name=value …) for the slot's file, and hears(claim, readable descriptors): what
-    somebody wishes, or None.
-    """
+    """One run of one command, on its worker's side."""
 
     def __init__(self, worker, claim):
         self.worker = worker
@@ -2354,26 +2266,24 @@ class Attempt:
         """It can't be started, by its own fault or because the host lacks something."""
         place = os.fsdecode(error.filename or "")
         if place == self.path:
-            place = self.worker.place.run
-        own_fault = error.errno not in UNSTARTED
-        return self.outcome("refused" if own_fault else "unstarted", "can't start%s: %s" % (
-            place and (" %s%s" % ("in " * os.path.isabs(place), place)), error.strerror))
+            place = self.worker.place.file("")
+        return self.outcome(
+            "unstarted" if error.errno in UNSTARTED else "refused", "can't start%s: %s" % (
+                place and (" %s%s" % ("in " * os.path.isabs(place), place)), error.strerror))
 
     def start(self):
-        """Make and lock the run file, note it, start the command."""
+        """Make and lock the run file, start the command, note its leader."""
         import subprocess
         claim, worker = self.claim, self.worker
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self.file, fcntl.LOCK_EX)
-        self.mark_dropped(0)
-        worker.note(serial=claim.serial)
-        argv = split_shell(worker.store.settings["shell"]) + [claim.command]
         self.output, theirs = os.pipe()
         try:
             os.set_blocking(self.output, False)  # the command may read from there what we heard of
             worker.poll.register(self.output, select.POLLIN)
             self.process = subprocess.Popen(
-                [word.encode() for word in argv], stdin=worker.null, stdout=theirs, stderr=theirs,
+                split_shell(worker.store.settings["shell"]) + [claim.command.encode()],
+                stdin=worker.null, stdout=theirs, stderr=theirs,
                 cwd=as_bytes(claim.cwd) if claim.cwd else os.path.dirname(worker.place.db),
                 env=job_environment(claim, self.path), pass_fds=(self.file,),
                 start_new_session=True)
@@ -2383,24 +2293,24 @@ class Attempt:
 
     def watch(self):
         """Wait for the command's end, for its deadline, or for a wish to end it."""
-        worker, pid = self.worker, self.process.pid
-        deadline = self.claim.timeout and monotonic() + self.claim.timeout / 1000.0
-        note_at = monotonic() + 0.01  # right after the start /proc would wait for the exec
+        worker, pid, now = self.worker, self.process.pid, monotonic()
+        deadline = now + (self.claim.timeout or MAX_MS) / 1000.0
+        note_at = now + 0.01  # right after the start /proc would wait for the exec
         while self.status is None and not self.reason:
-            left = min(filter(None, (note_at, deadline, monotonic() + LOOK_S))) - monotonic()
+            left = min(note_at, deadline, now + LOOK_S) - now
             ready = [fd for fd, _ in worker.poll.poll(max(int(left * 1000) + 1, 0))]
             if self.output in ready:
                 self.pump()
             if worker.wake_fd in ready:
                 os.read(worker.wake_fd, 512)
                 self.leads()
-            wish, now = worker.hears(self.claim, ready), monotonic()
-            if note_at and now >= note_at:
-                note_at = None
+            wish, now = worker.wish(self.claim, ready), monotonic()
+            if now >= note_at:
+                note_at = deadline + LOOK_S
                 worker.note(serial=self.claim.serial, leader=pid, start=process_start(pid))
-            if wish or deadline and now >= deadline:
-                if self.leads():  # else it has ended by itself
-                    self.reason = {"cancel": "cancelled"}.get(wish, wish) or "timeout"
+            wish = wish or "timeout" * (now >= deadline)
+            if wish and self.leads():  # else it has ended by itself
+                self.reason = wish
         self.drain()
 
     def leads(self):
@@ -2449,15 +2359,13 @@ class Attempt:
 
     def keep(self, data):
         """Add to the run file; a full disk costs the output, not the job."""
-        try:
+        done = 0
+        with suppress(OSError):
             done = os.pwrite(self.file, data, HEADER + self.size)
-        except OSError:
-            done = 0
         self.size += done
         if self.size > max(MIN_RUN_FILE, 16 * self.limit):
             self.cut()
-        if done < len(data):
-            self.dropped += len(data) - done
+        self.dropped += len(data) - done
 
     def cut(self):
         """Leave the last `limit` bytes. Who reads meanwhile is told."""
@@ -2492,13 +2400,14 @@ def close_descriptors(keep):
 
 
 def default_signals():
-    """A job starts with default dispositions and an empty mask, whatever the daemon inherited.
-    Handlers that do nothing, not SIG_IGN: exec resets handlers only."""
+    """A job starts with default dispositions and an empty mask, whatever the daemon inherited. Nor
+    does a signal end or stop us, who may hold the lock. By handlers that do nothing, not SIG_IGN:
+    exec resets handlers only."""
     for number in range(1, signal.NSIG):
         with suppress(OSError, ValueError):
-            ours = number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
             python = number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", 0))
-            if ours or (signal.getsignal(number) == signal.SIG_IGN and not python):
+            if number in HELD + (signal.SIGCHLD,) or (
+                    signal.getsignal(number) == signal.SIG_IGN and not python):
                 signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
@@ -2522,17 +2431,17 @@ def wakeup_fd():
 
 
 class Worker:
-    """The owner of a slot, whose file `slot_fd` it has locked. `sock`: to its supervisor; `visits`:
-    it only settles what it finds; `only`: the ids of the jobs it is for, None: any."""
+    """The owner of a slot, whose file `slot_fd` it has locked. `sock`: to its supervisor; `only`: the
+    ids of the jobs it is for, None: any; []: it only settles what it finds in its slot."""
 
-    def __init__(self, place, slot, slot_fd, sock, visits, only):
+    def __init__(self, place, slot, slot_fd, sock, only):
         self.place = place
         self.slot = slot
         self.slot_fd = slot_fd
-        self.sock = sock         # None: the supervisor is gone, or wants no more of it
-        self.visits = visits
-        self.only = only and list(only)
-        self.look_at = 0.0
+        self.sock = sock
+        self.alone = False       # the supervisor is gone, or wants no more of it
+        self.only = only
+        self.look_at = 0.0       # monotonic: when to look for a wish again
         self.store = Store(place, door=True)
         self.wake_fd = wakeup_fd()
         self.null = os.open(os.devnull, os.O_RDONLY)
@@ -2546,15 +2455,17 @@ class Worker:
         claim, outcome = self.found()
         while True:
             claim = self.turn(claim, outcome)
-            if claim is None:
-                if not self.await_word():
-                    return
+            if claim:
+                outcome = Attempt(self, claim).run()
+            elif outcome and outcome.reason == "unstarted":
+                outcome = sleep(LOOK_S)  # what the host lacks now it may have then
+            elif self.await_word():
                 outcome = None
             else:
-                outcome = Attempt(self, claim).run()
+                return
 
     def note(self, **news):
-        write_note(self.slot_fd, dict(news, pid=os.getpid(), only=self.only, at=now_ms()))
+        write_note(self.slot_fd, pid=os.getpid(), only=self.only, at=now_ms(), **news)
 
     def found(self):
         """(Claim, Outcome) of the attempt that the last owner of the slot left open, once nothing
@@ -2563,20 +2474,21 @@ class Worker:
         if not claims:
             return None, None
         claim, run_file = claims[0], self.place.file(claims[0].serial)
-        noted, same_boot = read_note(self.place.file("w.%d" % self.slot)), claims[0].boot == boot_id()
-        named = noted.get("serial") == claim.serial
+        noted, same_boot = self.place.note_of(self.slot), claim.boot == boot_id()
+        reason = reason_of(claim.wish, same_boot, os.path.lexists(run_file))
         if same_boot:
-            pid, start = (noted.get("leader"), noted.get("start")) if named else (None, None)
-            stop_rest(run_file, pid, lambda: bool(start) and process_start(pid) == start,
+            if noted.get("serial") != claim.serial:
+                noted = {}
+            stop_rest(run_file, noted.get("leader"), lambda: bool(noted.get("start")) and (
+                process_start(noted["leader"]) == noted["start"]),
                       b"QUEUECTL_RUN=" + os.fsencode(run_file))
         output, dropped = tail_of(run_file, self.store.settings["output-limit"])
-        return claim, Outcome(None, settle(claim.wish, same_boot, named), "", output, dropped,
-                              now_ms())
+        return claim, Outcome(None, reason, "", output, dropped, now_ms())
 
     def turn(self, claim, outcome):
         """One transaction between two jobs: the outcome, and the next Claim or None; where that
         fails, the outcome alone, again and again."""
-        pause_s, unstarted = BUSY_S, outcome is not None and outcome.reason == "unstarted"
+        pause_s, unstarted = BUSY_S, outcome and outcome.reason == "unstarted"
         while True:
             for claims in (False,) if unstarted else (True, False):
                 try:
@@ -2595,8 +2507,6 @@ class Worker:
             now = now_ms()
             if claim:
                 recorded = record(store, claim, outcome, os.getpid(), now)
-            if recorded and self.only is not None:
-                self.only += filter(None, (claim.job, recorded[1]))
             if claims and not self.leaves():
                 new = store.claim(self.slot, boot_id(), now, self.only)
         if claim:
@@ -2606,49 +2516,53 @@ class Worker:
                 self.tell(claim, outcome, *recorded)
         return new
 
-    def leaves(self, wait_ms=0):
-        """Whether it is to claim no more, at once or when it is woken (None)."""
-        self.hears(None, [fd for fd, _ in self.poll.poll(wait_ms)])
-        return (self.sock is None or self.visits
+    def leaves(self):
+        """Whether it is to claim no more."""
+        return (self.alone or self.only == []
                 or self.store.settings["workers"] < self.slot <= MAX_WORKERS)
 
-    def tell(self, claim, outcome, verdict, heir):
+    def tell(self, claim, outcome, verdict, on_dead):
         """Log what an operator should know; wake the supervisor for what it has to see to."""
         error = outcome.detail if outcome.reason == "unstarted" else verdict.error
         if error:
             self.place.log("job %s is %s after attempt %d of %d: %s" % (
                 claim.job, verdict.state, verdict.attempts, claim.max_retries or 0, error))
-        if self.sock and (verdict.due is not None or heir):
+        if on_dead and self.only and claim.job in self.only:
+            self.only.append(on_dead)
+        if verdict.due is not None or on_dead:
             with suppress(OSError):
                 self.sock.send(b"!")
 
-    def hears(self, claim, ready):
-        """Note whether the supervisor is gone; what somebody wishes of the attempt."""
-        if self.sock and self.sock.fileno() in ready:
-            try:
+    def hear(self, ready):
+        """Take what the supervisor sent, if it is among the `ready` descriptors: there is something
+        to look at, or it is gone. The socket stays open: its end would tell of ours."""
+        if self.sock.fileno() in ready:
+            self.look_at, data = 0.0, b""
+            with suppress(OSError):
                 data = self.sock.recv(512)
-            except BlockingIOError:
-                return None
-            except OSError:
-                data = b""
             if not data:
                 self.poll.unregister(self.sock)
-                self.left, self.sock = self.sock, None  # open: its end would tell of ours
-        elif self.sock or monotonic() < self.look_at:
-            return None
-        self.look_at = monotonic() + LOOK_S  # without a supervisor
-        with suppress(StorageError):
-            return claim and self.store.wish(claim.serial)
+                self.alone = True
+
+    def wish(self, claim, ready):
+        """What somebody wishes of the attempt: looked up when we are woken, and once a second."""
+        self.hear(ready)
+        if monotonic() >= self.look_at:
+            self.look_at = monotonic() + LOOK_S
+            with suppress(StorageError):
+                return self.store.wish(claim.slot, claim.serial)
 
     def await_word(self):
         """Idle until there may be something to do; False when it is to leave."""
         self.note()
         done = self.only is not None and not any(
-            row[1] in UNFINISHED for row in self.store.states(self.only))
-        return not (done or self.leaves() or self.leaves(None) and self.sock is None)
+            state in UNFINISHED for _, state, _, _ in self.store.ends(self.only))
+        if not (done or self.leaves()):
+            self.hear([fd for fd, _ in self.poll.poll()])
+        return not (done or self.leaves())
 
 
-def worker_main(sock, place, slot, slot_fd, visits, only, open_files):
+def worker_main(sock, place, slot, slot_fd, only, open_files):
     """The whole life of a worker process. `open_files`: the limit that jobs get back."""
     close_descriptors({sock.fileno(), slot_fd})
     default_signals()
@@ -2656,7 +2570,7 @@ def worker_main(sock, place, slot, slot_fd, visits, only, open_files):
     for name in list(os.environb):
         if FOR_THE_DAEMON.match(name):
             del os.environb[name]
-    Worker(place, slot, slot_fd, sock, visits, only).run()
+    Worker(place, slot, slot_fd, sock, only).run()
 
 
 # ---- Pool ---------------------------------------------------------------------------------------
@@ -2704,15 +2618,15 @@ class Child:
 
 
 class Pool:
-    """Workers for the queue of `store`, in `slots`; `only`: as a Worker's."""
+    """Workers for the queue of `store`: `count` of them; `only`: as a Worker's."""
 
-    def __init__(self, store, slots=(), only=None):
+    def __init__(self, store, count=0, only=None):
         import multiprocessing
         self.context = multiprocessing.get_context("fork")  # not the default since 3.14
         self.store = store
         self.place = store.place
         self.only = only
-        self.own = list(slots)
+        self.own = list(range(MAX_WORKERS + 1, MAX_WORKERS + 1 + count))  # slots
         self.workers = {}        # slot -> Child
         self.pauses = {}         # slot -> (monotonic before which it is not tried, s of that pause)
         self.poll = select.poll()
@@ -2730,7 +2644,7 @@ class Pool:
 
     def begin(self):
         """Remove the run files that no open attempt names, and give no attempt the number of one."""
-        names = [int(name) for name in os.listdir(self.place.run) if name.isdigit()]
+        names = [int(name) for name in os.listdir(self.place.file("")) if name.isdigit()]
         if names:
             with self.store.transaction():
                 self.store.raise_serial(max(names))
@@ -2750,35 +2664,34 @@ class Pool:
         self.poll.register(fd, select.POLLIN)
         self.handlers[fd] = handler
 
+    def start(self, handler, target, *args):
+        """The Child that runs target(its socket, *args), None if there can be none; handler() is
+        called when it has something for us to look at, or has ended."""
+        try:
+            child = Child(self.context, target, self.place, *args)
+            self.watch(child.sock.fileno(), handler)
+            return child
+        except OSError as error:
+            self.log("can't start a process: %s" % error)
+            return None
+
     def forget(self, child):
         self.poll.unregister(child.sock)
         del self.handlers[child.sock.fileno()]
         child.sock.close()
         child.process.join()
 
-    def fork(self, starts):
-        """Call these one after the other; each forks, so no connection is open meanwhile."""
-        import gc
-        self.store.close()
-        if hasattr(gc, "freeze"):
-            gc.freeze()  # the children go on sharing what is loaded now
-        for start in starts:
-            start()
-
     def start_worker(self, slot, slot_fd):
-        try:
-            if self.only:  # whoever looks who works the job finds it from the start
-                write_note(slot_fd, dict(read_note(self.place.file("w.%d" % slot)), only=self.only))
-            child = Child(self.context, worker_main, self.place, slot, slot_fd,
-                          slot not in self.slots(), self.only, self.open_files)
-        except OSError as error:
-            self.log("can't start a worker: %s" % error)
-            self.pauses[slot] = (monotonic() + LOOK_S, LOOK_S)
-            return
-        finally:
-            os.close(slot_fd)  # the lock lives on in the worker's copy
-        self.workers[slot] = child
-        self.watch(child.sock.fileno(), functools.partial(self.on_worker, slot))
+        only = self.only if slot in self.slots() else []
+        if only:  # whoever looks who works the job finds it from the start
+            write_note(slot_fd, **dict(self.place.note_of(slot), only=only))
+        child = self.start(functools.partial(self.on_worker, slot), worker_main, slot, slot_fd, only,
+                           self.open_files)
+        os.close(slot_fd)  # the lock lives on in the worker's copy
+        if child:
+            self.workers[slot] = child
+        else:
+            self.put_off(slot)
 
     def on_worker(self, slot):
         """It has something for us to look at, or has ended: then another may settle and go on."""
@@ -2795,24 +2708,31 @@ class Pool:
         pause_s = min(self.pauses.get(slot, (0, BUSY_S / 4))[1] * 2, LOOK_S)
         self.pauses[slot] = (monotonic() + pause_s, pause_s)
 
-    def converge(self, busy):
-        """Start workers in the slots that should have one, and in those where an attempt is open
-        that nobody works at."""
-        now, taken = monotonic(), []
-        missing = set(self.slots()).union(busy) - set(self.workers)
-        due = sorted(slot for slot in missing if now >= self.pauses.get(slot, (0,))[0])
+    def missing(self, busy):
+        """What starts the children that are missing, as functions: workers in the slots that should
+        have one, and in those where an attempt is open that nobody works at."""
+        now, starts = monotonic(), []
+        slots = set(self.slots()).union(busy) - set(self.workers)
+        due = sorted(slot for slot in slots if now >= self.pauses.get(slot, (0,))[0])
         for slot in due[:STARTS]:
             slot_fd = self.place.take_slot(slot)
-            if slot_fd is None:
-                self.put_off(slot)
-                if slot in self.own:  # another `run` or `drain` has it
-                    self.own[self.own.index(slot)] = max(self.own) + 1
-            else:
-                taken.append(functools.partial(self.start_worker, slot, slot_fd))
-        if taken:
-            self.fork(taken)
+            if slot_fd is not None:
+                starts.append(functools.partial(self.start_worker, slot, slot_fd))
+                continue
+            self.put_off(slot)
+            if slot in self.own:  # another `run` or `drain` has it
+                self.own[self.own.index(slot)] = max(self.own) + 1
         self.look_at = 0.0 if len(due) > STARTS else min(
-            [self.look_at] + [self.pauses[slot][0] for slot in missing if slot in self.pauses])
+            [self.look_at] + [self.pauses[slot][0] for slot in slots if slot in self.pauses])
+        return starts
+
+    def fork(self, starts):
+        """Call these one after the other; each forks, so no connection is open meanwhile."""
+        import gc
+        self.store.close()
+        getattr(gc, "freeze", int)()  # the children go on sharing what is loaded now
+        for start in starts:
+            start()
 
     # -- the loop
 
@@ -2833,8 +2753,9 @@ class Pool:
             self.store.check_file()
             self.store.refresh()
             self.tidy(now)
-            busy = self.store.open_slots()
-            self.converge(busy)
+            starts = self.missing(self.store.open_slots())
+            if starts:
+                self.fork(starts)
             self.wake(self.store.open_slots())
             self.look_at = min(self.look_at, monotonic() + max(
                 self.store.next_due() - now_ms(), 0) / 1000.0)
@@ -2849,41 +2770,37 @@ class Pool:
         """Check rows of other programs, make due jobs ready, delete what has been kept enough."""
         store, offset = self.store, now - int(monotonic() * 1000)
         stepped, self.clock = abs(offset - self.clock) > 1000, offset
-        if not (stepped or store.has_strangers() or store.next_due() <= now or store.expired(now)):
+        if not (stepped or store.unchecked() or store.next_due() <= now or store.expired(now)):
             return
         with store.transaction():
             if stepped:  # backoffs may be too far ahead
                 store.pull_in(now)
             expired = store.expired(now)
             store.delete(expired)
-            if STEP in (adopt_strangers(store, now), store.promote(now), len(expired)):
+            if STEP in (check_inserted(store, now), store.promote(now), len(expired)):
                 self.look_at = 0.0
 
     def wake(self, busy):
         """Wake idle workers, as many as there may be jobs; those that are to leave; those whose
         attempt somebody wishes to end."""
         idle = [slot for slot in self.workers if slot not in busy]
-        wanted = set(self.slots())
-        for slot in idle[:self.store.claimable(len(idle))]:
+        leaving = set(idle) - set(self.slots())
+        for slot in leaving.union(idle[:self.store.claimable(len(idle))],
+                                  (slot for slot in busy if busy[slot])).intersection(self.workers):
             self.workers[slot].wake()
-        for slot, child in self.workers.items():
-            if busy.get(slot) or slot not in wanted and slot not in busy:
-                child.wake()
 
     # -- the end
 
     def stop(self):
         """Have workers claim no more, and leave after their job."""
-        if not self.stopping:
-            self.stopping = True
-            for child in self.workers.values():
-                with suppress(OSError):
-                    child.sock.shutdown(socket.SHUT_WR)
+        self.stopping = True
+        for child in self.workers.values():
+            with suppress(OSError):
+                child.sock.shutdown(socket.SHUT_WR)
 
     def force(self):
         """Have running jobs stopped, and their attempts given back."""
         self.stop()
-        self.store.patience_s = PATIENCE_S
         with self.store.transaction():
             self.store.wish_end("give back", slots=list(self.workers))
 
@@ -2914,7 +2831,7 @@ def receive(sock, inbox):
         end = inbox.find(b"\n")
         if end < 0 and inbox and is_whole(inbox):
             end = len(inbox)
-        if max(end, len(inbox) if end < 0 else 0) > MAX_REQUEST:
+        if (len(inbox) if end < 0 else end) > MAX_REQUEST:
             raise Failure("a request has at most %d bytes" % MAX_REQUEST)
         if end >= 0:
             message = bytes(inbox[:end])
@@ -2926,8 +2843,8 @@ def receive(sock, inbox):
         inbox += piece
 
 
-def knock(path):
-    """Whether somebody listens at the socket `path`, ours or root's; None: it is no such socket."""
+def is_served(path):
+    """Whether somebody listens at the socket `path` of ours; None: it is no such socket."""
     with suppress(OSError):
         status = os.lstat(path)
         if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
@@ -2956,7 +2873,7 @@ def listen_at(path):
     before `path` leads to it: in between it would look stale to others. A stale one is moved aside
     first, and must be the one that was found stale. FileExistsError if another was faster."""
     hidden, aside = [os.path.join(os.path.dirname(path), os.urandom(4).hex()) for _ in range(2)]
-    if knock(path) is False:
+    if is_served(path) is False:
         before = os.lstat(path)
         os.rename(path, aside)
         if not os.path.samestat(os.lstat(aside), before):
@@ -2977,9 +2894,9 @@ def listen_at(path):
 
 
 def refusal(error):
-    """The answer for an error."""
-    return dict(success=False, message="Error: %s" % (error if isinstance(error, Failure) else
-                                                      repr(error)), **getattr(error, "details", {}))
+    """The answer for an error, as a line."""
+    return compact(dict(success=False, message="Error: %s" % (
+        error if isinstance(error, Failure) else repr(error)), **getattr(error, "details", {}))) + "\n"
 
 
 def answer_to(store, data, look):
@@ -2992,10 +2909,11 @@ def answer_to(store, data, look):
                           % (store.path, request["db"]))
         answer = perform(store, request, served=True, committed=look)
     except Exception as error:
-        answer = refusal(error)
+        yield refusal(error)
         if not isinstance(error, Failure):  # a bug must not end the queue
             import traceback
             store.place.log("internal error: %s" % traceback.format_exc())
+        return
     rows, start = answer["message"], '{"success":true,"message":['
     if hasattr(rows, "__next__"):
         for row in rows:
@@ -3007,19 +2925,17 @@ def answer_to(store, data, look):
 
 
 def answers(sock, store, look):
-    """The answers to the requests on a connection, each in pieces."""
-    inbox, data = bytearray(), b"."
-    while data:
-        try:
-            data = receive(sock, inbox)
-            if data:
-                yield answer_to(store, data, look)
-        except Failure as error:  # where the next one would begin is unknown
-            data = None
-            yield [compact(refusal(error)) + "\n"]
+    """The pieces of the answers to the requests on a connection, in order; None after each."""
+    inbox = bytearray()
+    try:
+        for data in iter(lambda: receive(sock, inbox), None):
+            yield from answer_to(store, data, look)
+            yield None
+    except Failure as error:  # where the next one would begin is unknown
+        yield refusal(error)
 
 
-def serve(place, store, listener, look):
+def serve(store, listener, look):
     """Answer requests on connections to `listener`, a thread each, for ever."""
     import socketserver
     import threading
@@ -3030,10 +2946,8 @@ def serve(place, store, listener, look):
 
         def handle(self):
             with suppress(OSError):
-                for pieces in answers(self.request, store, look):
-                    for piece in pieces:
-                        self.wfile.write(piece.encode())
-                    self.wfile.flush()
+                for piece in answers(self.request, store, look):
+                    self.wfile.flush() if piece is None else self.wfile.write(piece.encode())
 
         def finish(self):
             places.release()
@@ -3050,12 +2964,11 @@ def serve(place, store, listener, look):
                 return True
             with suppress(OSError):
                 request.setblocking(False)
-                request.send(compact(refusal(Failure(
-                    "too many connections; try again" if ours else
-                    "this queue belongs to another user"))).encode() + b"\n")
+                request.send(refusal(Failure("too many connections; try again" if ours else
+                                             "this queue belongs to another user")).encode())
             return False
 
-    server = Server(place.socket, Handler, bind_and_activate=False)
+    server = Server(None, Handler, bind_and_activate=False)
     server.socket.close()
     server.socket = listener
     server.serve_forever(3600)
@@ -3070,7 +2983,7 @@ def server_main(sock, place, listener):
     def look():
         with suppress(OSError):
             sock.send(b"!", socket.MSG_DONTWAIT)
-    threading.Thread(target=serve, args=(place, Store(place), listener, look), daemon=True).start()
+    threading.Thread(target=serve, args=(Store(place), listener, look), daemon=True).start()
     while sock.recv(512):
         pass
 
@@ -3127,14 +3040,14 @@ class Daemon(Pool):
             self.store.note_startup(now_ms())
             if workers is not None:
                 self.store.configure("workers", workers)
+        self.store.close()
         self.store.patience_s = TURN_S
         self.ending = Ending()
         self.watch(self.ending.fd, self.on_signal)
 
     def note(self, stopping):
-        write_note(self.lock, {"pid": os.getpid(), "start": process_start(os.getpid()),
-                               "version": VERSION, "socket": utf8(self.path), "stopping": stopping,
-                               "since": now_ms()}, 1000)
+        write_note(self.lock, pid=os.getpid(), start=process_start(os.getpid()), version=VERSION,
+                   socket=utf8(self.path), since=now_ms(), stopping=stopping)
 
     def slots(self):
         return range(1, 0 if self.stopping else self.store.settings["workers"] + 1)
@@ -3173,17 +3086,11 @@ class Daemon(Pool):
         finally:
             self.end_server()
 
-    def converge(self, busy):
-        super().converge(busy)
-        if not self.server and not self.stopping:
-            self.fork([self.start_server])
+    def missing(self, busy):
+        return super().missing(busy) + [self.start_server] * (not (self.server or self.stopping))
 
     def start_server(self):
-        try:
-            self.server = Child(self.context, server_main, self.place, self.listener)
-            self.watch(self.server.sock.fileno(), self.on_server)
-        except OSError as error:
-            self.log("can't start the server: %s" % error)
+        self.server = self.start(self.on_server, server_main, self.listener)
 
     def on_server(self):
         """A request was stored; or the server has ended, and the next look starts another."""
@@ -3210,8 +3117,7 @@ class Daemon(Pool):
         """Nobody is let in any more: commands do without."""
         if self.listener:
             with suppress(OSError):
-                if self.listener.getsockname():
-                    os.unlink(self.path)
+                os.unlink(self.path)
             self.listener.close()
             self.listener = None
         if self.server:
@@ -3285,40 +3191,44 @@ class Queue:
     """The queue at `place`, as a command uses it. `note(line)` tells the user what is special."""
 
     def __init__(self, place, note):
-        self.place = place
+        self.given = place
         self.note = note
         self.opened = None      # the Store
 
-    def find(self):
+    @property
+    def place(self):
         """Where only a socket was given, the daemon there names the database."""
-        place = self.place
+        place = self.given
         if place.socket_given and not place.db_given:
-            self.place = place._replace(db=self.served_at(place.socket), db_given=True)
+            db = self.served_at(place.socket)
+            if db is None:
+                raise Failure("no daemon at %s; name the queue with --db" % place.socket)
+            self.given = place._replace(db=db, db_given=True)
+        return self.given
 
     def served_at(self, path, patience_s=PATIENCE_S):
-        """The database that is served at a socket; a Failure if there is none."""
-        try:
+        """The database that is served at a socket; None if there is none."""
+        with suppress(Unreachable, KeyError, TypeError):
             return os_path(ask(path, {"command": "daemon", "option": "status"}, patience_s)[
                 "message"]["db"])
-        except (Unreachable, KeyError, TypeError):
-            raise Failure("no daemon at %s; name the queue with --db" % path)
 
     def other_queue(self):
         """A line for a user who gave nothing, if a daemon of theirs at the default socket serves
-        another queue; else None."""
-        if not (self.place.db_given or self.place.socket_given) and knock(DEFAULT_SOCKET):
-            with suppress(Failure):
-                db = self.served_at(DEFAULT_SOCKET, 2)
-                if db != self.place.db:
-                    return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
-                        DEFAULT_SOCKET, db, shell_quote(db))
+        another queue, while none serves this one; else None."""
+        place = self.given
+        if not (place.db_given or place.socket_given or place.daemon()) and is_served(DEFAULT_SOCKET):
+            db = self.served_at(DEFAULT_SOCKET, 2)
+            if db not in (None, place.db):
+                return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
+                    DEFAULT_SOCKET, db, shell_quote(db))
         return None
 
-    def change(self, command, option=None, **value):
+    def change(self, name, **value):
         """The answer to a request that changes the queue: of the daemon, or, if nobody answers,
         made here; Failure when it was refused."""
-        request = {"command": command, "option": option, "flag": None, "value": value,
-                   "version": VERSION, "once": os.urandom(12).hex()}
+        command, _, option = name.partition(" ")
+        request = {"command": command, "option": option or None, "flag": None, "value": value,
+                   "version": VERSION, "once": os.urandom(12).hex(), "db": utf8(self.place.db)}
         answer = self.ask_daemon(request)
         if answer is None:
             if command == "enqueue" and not self.place.exists() and self.other_queue():
@@ -3335,22 +3245,16 @@ class Queue:
     def ask_daemon(self, request):
         """The daemon's answer, None when nobody answers: at the socket given, else where it says
         that it listens."""
-        place = self.place
-        if place.db_given or not place.socket_given:
-            request = dict(request, db=utf8(place.db))
-        for path in ([place.socket] * place.socket_given
-                     + [read_note(place.file("daemon")).get("socket")]):
+        for path in ([self.place.socket] * self.place.socket_given
+                     + [read_note(self.place.file("daemon")).get("socket")]):
             with suppress(Unreachable):
                 if path:
                     return ask(os_path(path), request)
-            if "db" not in request:
-                raise Failure("no daemon at %s; name the queue with --db" % place.socket)
         return None
 
     def store(self, make=True):
         """The Store of the queue; one that isn't there is not made for a look."""
         if self.opened is None or self.opened.memory and make:
-            self.find()
             line = self.other_queue()
             if line:
                 self.note(line)
@@ -3366,7 +3270,6 @@ class Queue:
 
     def existing(self):
         """The same; a Failure without a queue."""
-        self.find()
         if not self.place.exists():
             raise Failure("no queue at %s; name it with --db" % self.place.db)
         return self.look()
@@ -3376,10 +3279,31 @@ class Queue:
             self.opened.close()
 
 
-def call_words(place):
-    """The words that call this very program for the queue at `place`."""
-    return ([sys.executable or "python3", os.path.abspath(sys.argv[0]), "--db", place.db]
+def call_words(place, program):
+    """The words that call a program file of ours for the queue at `place`."""
+    return ([sys.executable or "python3", program, "--db", place.db]
             + ["--socket", place.socket] * place.socket_given)
+
+
+def compiled(place):
+    """The path of this program, compiled, so that the daemon is there at once: the one that Python
+    keeps of what is imported, or our own code, written to DB-run. The script where there is none."""
+    import importlib.util
+    import marshal
+    script = os.path.abspath(sys.argv[0])
+    if __spec__ and __spec__.cached and os.path.exists(__spec__.cached):
+        return __spec__.cached
+    frame = sys._getframe()
+    while frame and not (frame.f_globals is globals() and frame.f_code.co_name == "<module>"):
+        frame = frame.f_back
+    if not frame or not os.path.isdir(place.file("")):
+        return script
+    path, size = place.file("queuectl.pyc"), 12 if sys.version_info >= (3, 7) else 8
+    with open(open_private("%s.%d" % (path, os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+              "wb") as file:
+        file.write(importlib.util.MAGIC_NUMBER + bytes(size) + marshal.dumps(frame.f_code))
+    os.rename("%s.%d" % (path, os.getpid()), path)
+    return path
 
 
 def start_in_background(place, *options):
@@ -3387,9 +3311,10 @@ def start_in_background(place, *options):
     import subprocess
     environ = dict(os.environb)
     environ.pop(b"QUEUECTL_RUN", None)  # a job may start it, but it is no part of that
-    daemon = subprocess.Popen(call_words(place) + ["daemon"] + list(options), cwd="/", env=environ,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, start_new_session=True)
+    daemon = subprocess.Popen(
+        call_words(place, compiled(place)) + ["daemon"] + list(options), cwd="/", env=environ,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True)
     ready = daemon.stdout.readline()
     if ready:
         daemon.returncode = 0  # it outlives us; subprocess would warn that nobody waited
@@ -3408,10 +3333,9 @@ def start_in_background(place, *options):
 
 def is_worked(store, job_id):
     """Whether somebody works the job, or will: a daemon with workers, a `drain`, its `run`."""
-    notes = [read_note(store.place.file("w.%d" % slot)) for slot in store.place.slots()
-             if slot > MAX_WORKERS]
+    notes = [store.place.note_of(slot) for slot in store.place.slots() if slot > MAX_WORKERS]
     return (store.settings["workers"] and store.place.daemon()
-            or any(not note.get("only") or job_id in note["only"] for note in notes))
+            or any(note.get("only") is None or job_id in note["only"] for note in notes))
 
 
 def hindrance(store, job_id=None):
@@ -3438,12 +3362,7 @@ def output_of(store, attempt, offset):
     if attempt["finished_at"]:
         start = max(offset, attempt["output_cut"])
         return store.output(attempt["serial"], start - attempt["output_cut"]), start
-    while store.is_open(attempt["serial"]):
-        piece = read_running(store.place.file(attempt["serial"]), offset, 16 << 20)
-        if piece:
-            return piece[:2]
-        sleep(0.01)
-    return b"", offset
+    return (read_running(store.place.file(attempt["serial"]), offset, 16 << 20) or (b"", offset))[:2]
 
 
 def full_id(store, given):
@@ -3455,27 +3374,27 @@ def full_id(store, given):
     return found[0]
 
 
-def judge(store, max_pending, max_dead, max_age, name, within, now):
-    """(exit status, line) as monitoring plugins have them; the highest values allowed, None for any,
-    of pending and dead jobs, of the age of a ready one, and since a job called `name` completed."""
+def judge(store, limits, name, within, now):
+    """(exit status, line) as monitoring plugins have them. limits: {"pending", "dead", "age": the
+    highest value allowed, None: any}; a job called `name` must have completed `within` ms."""
     def ago(ms):
         """In seconds, rounded up, so that nothing over a limit looks as if it weren't."""
         return None if ms is None else max(-((ms - now) // 1000), 0)
     counts, workers, problems, data = store.counts(), len(store.place.slots()), [], []
-    rows = [("pending", counts["pending"], max_pending), ("dead", counts["dead"], max_dead),
-            ("age", ago(store.ready_since(now)) or 0, max_age and max_age // 1000),
-            ("workers", workers, None)]
+    values = dict(counts, age=ago(store.ready_since(now)) or 0, workers=workers)
     if name is not None:
-        rows.append(("completed", ago(store.completed_at(name, max(now - within, 0))),
-                     within // 1000))
-    for label, value, limit in rows:
+        values["completed"] = ago(store.completed_at(name, max(now - within, 0)))
+        limits = dict(limits, completed=within // 1000)
+    for label, limit in limits.items():
+        value = values[label]
         data.append("%s=%s;;%s;0" % (label, "U" if value is None else value,
                                      "" if limit is None else limit))
         if limit is not None and (value is None or value > limit):
             problems.append("%s is %s, over %d" % (
                 "time since %s completed" % name.replace("|", "/") if label == "completed"
                 else label, "unknown" if value is None else value, limit))
-    waiting, status = counts["pending"] + counts["failed"], 2 if problems else 0
+    status = 2 if problems else 0
+    waiting = counts["pending"] + counts["failed"]
     problems += ["paused"] * (store.paused is not None)
     if waiting and not workers:
         problems.append("no %s runs" % ("worker" if store.place.daemon() else "daemon"))
@@ -3529,15 +3448,14 @@ def look_at_folder(queue):
     if free < LOW_DISK or room.f_files and not room.f_favail:
         raise Failure("only %d MiB and %d inodes are free for %s; free some, or use another --db"
                       % (free >> 20, room.f_favail, place.db))
-    return "%s (%s), on %s, %d MiB free" % (place.db, "given" if place.db_given else "the default",
-                                            mount_of(place.db) or "an unknown disk", free >> 20)
+    return "%s, on %s, %d MiB free" % (place.db, file_system(folder) or "an unknown disk", free >> 20)
 
 
 def look_at_files(queue):
     place = queue.place
-    names = [place.db, place.db + "-wal", place.db + "-shm", place.daemon().get("socket") or "/dev/null/",
+    names = [place.db, place.db + "-wal", place.db + "-shm", place.daemon().get("socket") or place.db,
              *map(place.file, ("lock", "door", "daemon", "log"))]
-    for path, wanted in [(place.run, 0o700)] + [(name, 0o600) for name in names]:
+    for path, wanted in [(place.file(""), 0o700)] + [(name, 0o600) for name in names]:
         with suppress(FileNotFoundError, NotADirectoryError):
             mode = stat.S_IMODE(os.lstat(path).st_mode)
             if mode != wanted:
@@ -3564,15 +3482,13 @@ def look_at_daemon(queue):
         raise Failure("another program has %s open: pid %s; end it, or it may run jobs twice"
                       % (place.db, " ".join(map(str, sorted(strangers)))))
     if not daemon:
-        if place.socket_given and knock(place.socket) is None and os.path.lexists(place.socket):
+        if place.socket_given and is_served(place.socket) is None and os.path.lexists(place.socket):
             raise Failure("%s is not a socket of yours; give another --socket" % place.socket)
         return "none runs"
-    try:
+    with suppress(Unreachable, KeyError, TypeError):
         about = ask(os_path(daemon["socket"]), {"command": "daemon", "option": "status"}, 5)["message"]
         if about["version"] == VERSION:
             return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
-    except (Unreachable, KeyError, TypeError):
-        pass
     raise Failure("the daemon, pid %s, queuectl %s, does not answer at %s as queuectl %s does; restart"
                   " it: queuectl daemon stop, then worker start" % (
                       daemon["pid"], daemon["version"], daemon["socket"], VERSION))
@@ -3580,7 +3496,7 @@ def look_at_daemon(queue):
 
 def look_at_database(queue):
     place = queue.place
-    if not (place.exists() and os.path.isdir(place.run)):
+    if not (place.exists() and os.path.isdir(place.file(""))):
         return "not there yet"
     store = Store(place, patience_s=5)
     try:
@@ -3590,7 +3506,7 @@ def look_at_database(queue):
     if lines:
         raise Failure("%s is damaged: %s; stop the daemon and restore a backup, or save what is left"
                       " with: sqlite3 %s .recover" % (place.db, ", ".join(lines), place.db))
-    return "sound, SQLite " + sqlite_version()
+    return "sound, SQLite " + store.value("SELECT sqlite_version()")
 
 
 def diagnose(queue):
@@ -3611,15 +3527,14 @@ def diagnose(queue):
 # What users see: results on stdout, as JSON, or as tables where that is a terminal; the rest is for
 # people, on stderr.
 
-
 CALL = "queuectl"  # how this program is called for this queue, see `call_as`
 
 
 def call_as(script, db):
     """Have commands named as this one was called, for the queue `db` if that was given."""
     global CALL
-    words = ["python3"] * script.endswith(".py") + [script if "/" in script or script.endswith(".py")
-                                                    else os.path.basename(script)]
+    words = ["python3", script] if script.endswith(".py") else [
+        script if "/" in script else os.path.basename(script)]
     CALL = " ".join(map(shell_quote, words + ["--db", db] * bool(db)))
 
 
@@ -3628,7 +3543,7 @@ def pasted(line):
     return re.sub(r"(?<=: )queuectl (?=[a-z-])", lambda _: CALL + " ", line)
 
 
-def utter(stream, text, fd):
+def write_out(stream, text, fd):
     """Write for whoever still listens: a dead end is led to /dev/null."""
     try:
         stream.write(text)
@@ -3640,7 +3555,7 @@ def utter(stream, text, fd):
 
 def tell(line):
     """For people: a full disk or a closed pipe there is no reason to fail."""
-    utter(sys.stderr, safe(pasted(line)) + "\n", 2)
+    write_out(sys.stderr, safe(pasted(line)) + "\n", 2)
 
 
 def silent(line):
@@ -3649,7 +3564,7 @@ def silent(line):
 
 def announce(line):
     """The daemon's ready line; whoever started it may have closed its end."""
-    utter(sys.stdout, safe(line) + "\n", 1)
+    write_out(sys.stdout, safe(line) + "\n", 1)
 
 
 def print_text(text):
@@ -3706,7 +3621,7 @@ def pairs(value, indent=""):
 
 def age(stamp, now):
     """How long ago an ISO time was."""
-    return None if stamp is None else lapse(max(now - parse_date(stamp), 0) // 1000 * 1000 or 1000)
+    return stamp and lapse(max(now - parse_date(stamp), 0) // 1000 * 1000)
 
 
 def job_rows(jobs, now):
@@ -3722,7 +3637,7 @@ def bar(done, total, failed, seconds):
     filled = 20 * done // max(total, 1)
     return "[%s%s] %d/%d  %.1f/s%s%s" % (
         "#" * filled, "." * (20 - filled), done, total, rate,
-        "  %s left" % lapse(int((total - done) / rate * 1000)) if total > done > 0 else "",
+        "  %s left" % lapse(int((total - done) / rate) * 1000) if total > done > 0 else "",
         "  %d failed" % failed if failed else "")
 
 
@@ -3761,12 +3676,12 @@ def exposition(metrics):
     for row in EXPOSITION.splitlines():
         name, kind, keys, about = row.split(" ", 3)
         name, values = "queuectl_" + name, [metrics[key] for key in keys.split(",")]
-        yield "# HELP %s %s" % (name, about)
-        yield "# TYPE %s %s" % (name, kind)
-        samples = (values[0].items() if keys == "jobs" else
-                   zip(("_sum", "_count") if kind == "summary" else ("",), values))
-        for label, value in samples:
-            yield "%s%s %s" % (name, '{state="%s"}' % label if keys == "jobs" else label, value)
+        yield "# HELP %s %s\n# TYPE %s %s" % (name, about, name, kind)
+        samples = ({'{state="%s"}' % state: count for state, count in values[0].items()}
+                   if keys == "jobs" else
+                   dict(zip(("_sum", "_count") if kind == "summary" else ("",), values)))
+        for label, value in samples.items():
+            yield "%s%s %s" % (name, label, value)
 
 
 # grace is shorter than TimeoutStopSec, so that no job is left behind. OOMPolicy: a job that takes
@@ -3804,7 +3719,7 @@ def systemd_unit(place, user):
     if os.geteuid() and not user:
         import pwd
         name = "User=%s\n" % pwd.getpwuid(os.geteuid()).pw_name
-    program, *words = call_words(place)
+    program, *words = call_words(place, os.path.abspath(sys.argv[0]))
     return UNIT % {
         "folder": unit_word(os.path.dirname(place.db), variables=False), "user": name,
         "command": " ".join([unit_word(program, variables=False)] + list(map(unit_word, words))),
@@ -3850,14 +3765,14 @@ class Drawing:
             width, most = screen()
             lines = [line[:width - 1] for line in list(lines)[:max(most - 1, 1)]]
             up = "\r\x1b[%dA" % (self.height - 1) if self.height > 1 else "\r"
-            utter(self.stream, up * (self.height > 0) + "\x1b[J" + "\n".join(lines),
-                  self.stream.fileno())
+            write_out(self.stream, up * (self.height > 0) + "\x1b[J" + "\n".join(lines),
+                      self.stream.fileno())
             self.height = len(lines)
 
     def close(self):
         """Leave what stands there, and go on below."""
         if self.height:
-            utter(self.stream, "\n", self.stream.fileno())
+            write_out(self.stream, "\n", self.stream.fileno())
             self.height = 0
 
 
@@ -3915,7 +3830,7 @@ KINDS = {  # metavar -> what argparse is told
     "DIR": kind(lambda text: utf8(os.path.abspath(os_path(text)))),
     "K=V": kind(pair, action="append"),
     "STATE": {"action": "append", "choices": STATES},
-    "SHELL": {"choices": ("bash", "fish", "zsh")},
+    "SHELL": {"choices": SHELLS},
     "FORMAT": {"choices": ("json", "prometheus")},
 }
 GLOBAL = """
@@ -3959,19 +3874,19 @@ def arguments_of(text):
         yield names, dict(options, **KINDS.get(name, {}))
 
 
-def act_on(queue, args, states, done, *call):
-    """Have the change `call` made to the jobs that are meant, some at a time; their ids."""
+def act_on(queue, args, states, done, name):
+    """Have the change `name` made to the jobs that are meant, some at a time; their ids."""
     if bool(args.ids) + bool(args.state) + args.all != 1:
         raise Usage("name the jobs, or give --state S, or --all")
     store, count, refused = queue.look(), 0, []
     if args.ids:
         ids = [full_id(store, given) for given in args.ids]
-        print_compact(reply(queue.change(*call, ids=ids)["message"]))
+        print_compact(reply(queue.change(name, ids=ids)["message"]))
         return ids
     before = iso(now_ms() - args.older_than) if args.older_than else None
     ids = [job.id for job in store.jobs(store.select(args.state or states, before=before))]
     for at in range(0, len(ids), STEP):
-        answer = queue.change(*call, ids=ids[at:at + STEP], skip=True)
+        answer = queue.change(name, ids=ids[at:at + STEP], skip=True)
         count, refused = count + answer["count"], refused + answer["refused"]
     done = "%s %s" % (plural(count, "job"), done)
     if refused:
@@ -4051,9 +3966,7 @@ def store_one(queue, args, job):
 def read_job(job, fields):
     """The job that a JSON text is; `fields`, what the flags say, win."""
     job = decode_json(job, "the job") if isinstance(job, (bytes, str)) else job
-    if not isinstance(job, dict):
-        raise Failure(NO_JOB)
-    return dict(job, **fields)
+    return dict(job, **fields) if isinstance(job, dict) else job
 
 
 def batches(stream):
@@ -4084,7 +3997,7 @@ def enqueue_all(queue, args, fields):
         try:
             for _, job in batch:
                 jobs.append(read_job(job, fields))
-            answer = queue.change("enqueue", "batch", jobs=jobs, cwd=working_directory())
+            answer = queue.change("enqueue batch", jobs=jobs, cwd=working_directory())
         except Failure as error:
             wrong = len(jobs) if len(jobs) < len(batch) else error.details.get("index", 0)
             raise Failure("line %d: %s; %s" % (
@@ -4117,9 +4030,7 @@ def cmd_enqueue(queue, args):
     if args.argv is None:
         if args.job is None:
             raise Usage("a job is missing: JSON, or a command after --, like: enqueue -- make -j4")
-        if args.job[:1] not in "{[\"'":
-            raise Failure(NO_JOB + "; a command goes after --, like: enqueue -- make -j4")
-        job = read_job(args.job, job)
+        job = read_job(args.job if args.job[:1] in "{[\"'" else "0", job)
     answer, held = store_one(queue, args, job)
     if args.quiet:
         print_text(answer["id"])
@@ -4139,7 +4050,7 @@ def cmd_daemon(queue, args):
 
     daemon --workers 2
     daemon --workers 4 --grace 60s"""
-    Daemon(queue.place, args.workers, args.grace).run(announce)
+    Daemon(queue.given, args.workers, args.grace).run(announce)
 
 
 class Wait:
@@ -4175,12 +4086,10 @@ def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone.
 
     daemon stop --grace 30s"""
-    queue.find()
-    daemon, wait = queue.place.daemon(), Wait()
+    daemon, wait, start = queue.place.daemon(), Wait(), monotonic()
     if not daemon:
         raise NoDaemon(queue.place.db)
     signals = [0] if args.grace is None else [0, args.grace / 1000.0]  # s after which they are sent
-    start = monotonic()
     while process_start(daemon["pid"]) == daemon["start"]:
         if signals and monotonic() >= start + signals[0]:
             os.kill(daemon["pid"], signal.SIGTERM)
@@ -4198,25 +4107,20 @@ def cmd_daemon_status(queue, args):
     print_value(args, about, pairs(about))
 
 
-def await_workers(queue, done):
-    """Wait for a moment until done(workers)."""
-    until = monotonic() + 2
-    while not done(workers_of(queue.look(), 0)) and monotonic() < until:
-        sleep(0.01)
-
-
 @subcommand("worker start", """
     -c --count COUNT  how many (default 1)""")
 def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many.
 
     worker start --count 3"""
+    count, place = args.count or 1, queue.given
     try:
-        answer = queue.change("worker", "start", count=args.count or 1)
-        await_workers(queue, lambda workers: len(workers) >= answer["wanted"])
+        if place.socket_given and not is_served(place.socket):
+            raise NoDaemon(place.db)
+        queue.change("worker start", count=count)
     except NoDaemon:
-        tell(start_in_background(queue.place, "--workers", str(args.count or 1)))
-    print_compact(reply("Started %s" % plural(args.count or 1, "worker")))
+        tell(start_in_background(place, "--workers", str(count)))
+    print_compact(reply("Started %s" % plural(count, "worker")))
 
 
 @subcommand("worker stop", """
@@ -4226,16 +4130,10 @@ def cmd_worker_stop(queue, args):
     """End workers, each after its current job; they are no longer wanted.
 
     worker stop --count 1 --now"""
-    answer, busy = queue.change("worker", "stop", count=args.count, now=args.now), []
-
-    def done(workers):
-        leaving = [worker["job"] for worker in workers if worker["state"] == "leaving"]
-        busy[:] = filter(None, leaving)
-        return len(busy) == len(leaving)
-    await_workers(queue, done)
-    if busy and not args.now:
+    answer = queue.change("worker stop", count=args.count, now=args.now)
+    if answer["jobs"] and not args.now:
         tell("%s to finish first: %s; to stop them: queuectl worker stop --now"
-             % (plural(len(busy), "job"), " ".join(busy)))
+             % (plural(len(answer["jobs"]), "job"), " ".join(answer["jobs"])))
     print_compact(reply(answer["message"]))
 
 
@@ -4284,7 +4182,7 @@ def cmd_status(queue, args):
 def show_jobs(queue, args, states, match=None, limit=None):
     """Print jobs; for people the newest, and how many more there are."""
     store, people = queue.look(), for_people(args) and not args.quiet
-    rowids = store.select(states, match, limit=limit)
+    rowids = store.select(states, match, limit=-1 if limit is None else limit)
     newest = rowids[-20:] if people and limit is None else rowids
     jobs = (job.public() for job in store.jobs(newest))
     print_rows(args, job_rows(jobs, now_ms()) if people else jobs,
@@ -4422,17 +4320,14 @@ def cmd_wait(queue, args):
     before, drawing, start, wait = store.totals(), Drawing(sys.stderr), monotonic(), Wait()
     with watching():
         while left:
-            for at in range(0, len(ids), PAGE):
-                for job_id, *end in queue.look().states(ids[at:at + PAGE]):
-                    if end[0] in FINISHED:
-                        ended[job_id] = end
-            left, done, failed = course(store, before)
+            left, done, failed = course(queue.look(), before)
             if ids:
-                left, done = len(ids) - len(ended), len(ended)
+                ended.update((job_id, end) for job_id, *end in store.ends(ids) if end[0] in FINISHED)
                 failed = sum(end[0] != "completed" for end in ended.values())
-            drawing.show([bar(done + failed * (not ids), left + done, failed, monotonic() - start)])
+                left, done = len(ids) - len(ended), len(ended) - failed
+            drawing.show([bar(done + failed, left + done + failed, failed, monotonic() - start)])
             if left:
-                wait(hindrance(queue.look()))
+                wait(hindrance(store))
     drawing.close()
     if failed and len(ids) == 1:
         raise failure_of(ids[0], *ended[ids[0]])
@@ -4443,7 +4338,7 @@ def cmd_wait(queue, args):
 
 def own_pool(queue, ending, count, only=None):
     """A Pool of this process's own, which a signal wakes."""
-    pool = Pool(queue.store(), range(MAX_WORKERS + 1, MAX_WORKERS + 1 + count), only)
+    pool = Pool(queue.store(), count, only)
     pool.watch(ending.fd, int)
     return pool
 
@@ -4553,7 +4448,7 @@ def cmd_dlq_retry(queue, args):
 
     dlq retry hello
     dlq retry --all"""
-    act_on(queue, args, ("dead",), "added to queue", "dlq", "retry")
+    act_on(queue, args, ("dead",), "added to queue", "dlq retry")
 
 
 def settle_open(queue):
@@ -4574,10 +4469,9 @@ def cmd_cancel(queue, args):
     cancel --state pending"""
     ids, wait = act_on(queue, args, UNFINISHED, "cancelled", "cancel"), Wait()
     with watching():
-        for at in range(0, len(ids), PAGE):
-            while any(row[1] == "processing" for row in queue.look().states(ids[at:at + PAGE])):
-                settle_open(queue)
-                wait("running jobs to stop")
+        while any(row[1] == "processing" for row in queue.look().ends(ids)):
+            settle_open(queue)
+            wait("running jobs to stop")
 
 
 @subcommand("delete", CHOSEN + """
@@ -4615,7 +4509,7 @@ def cmd_config_set(queue, args):
 
     config set max-retries 5
     config set timeout 10m"""
-    answer = queue.change("config", "set", key=args.key, value=args.value)
+    answer = queue.change("config set", key=args.key, value=args.value)
     if args.key in DURATIONS:
         tell("%s: %s" % (args.key, lapse(answer["value"])))
     print_compact(reply(answer["message"]))
@@ -4626,7 +4520,7 @@ def cmd_config_get(queue, args):
     """Show a setting.
 
     config get max-retries"""
-    setting_of(args.key)
+    read_setting(args.key, "default")  # is there one?
     print_compact(queue.look().settings[args.key])
 
 
@@ -4666,8 +4560,9 @@ def cmd_check(queue, args):
     check --completed backup- --within 26h"""
     if (args.completed is None) != (args.within is None):
         raise Usage("--completed and --within go together")
-    status, line = judge(queue.existing(), args.max_pending, args.max_dead, args.max_age,
-                         args.completed, args.within, now_ms())
+    limits = {"pending": args.max_pending, "dead": args.max_dead, "workers": None,
+              "age": args.max_age and args.max_age // 1000}
+    status, line = judge(queue.existing(), limits, args.completed, args.within, now_ms())
     print_text(line)
     return status
 
@@ -4691,7 +4586,6 @@ def cmd_doctor(queue, args):
 
     doctor
     --db /srv/q.db doctor"""
-    queue.find()
     findings = diagnose(queue)
     wrong = ["%(check)s: %(detail)s; %(advice)s" % finding for finding in findings
              if not finding["ok"]]
@@ -4709,7 +4603,7 @@ def cmd_systemd(queue, args):
 
     systemd | sudo tee /etc/systemd/system/queuectl.service
     systemd --user >~/.config/systemd/user/queuectl.service"""
-    print_text(systemd_unit(queue.place, args.user))
+    print_text(systemd_unit(queue.given, args.user))
     tell("save it as %s/queuectl.service, then: systemctl%s daemon-reload; systemctl%s enable --now"
          " queuectl" % (("~/.config/systemd/user", " --user", " --user") if args.user
                         else ("/etc/systemd/system", "", "")))
