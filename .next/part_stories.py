@@ -795,14 +795,20 @@ class RunTest(QueueCase):
         self.assertEqual(drain.wait(30), 0)
         self.are(a="completed", b="completed")
 
+    def sleeps(self, pid):
+        """How often a process has gone to sleep so far; -1 while it is awake."""
+        status = read("/proc/%d/status" % pid)
+        return (int(re.search(rb"\nvoluntary_ctxt_switches:\s+(\d+)", status).group(1))
+                if b"State:\tS" in status else -1)
+
     def test_a_stopped_drain_keeps_the_rest(self):
         self.enqueue(self.gate(), id="a", timeout=0)
         self.enqueue("true", id="b")
         drain = self.spawn("drain")
         self.wait_for("processing")
-        opened = len(os.listdir("/proc/%d/fd" % drain.pid))
+        slept = self.sleeps(drain.pid)
         drain.send_signal(signal.SIGINT)
-        wait_until(lambda: len(os.listdir("/proc/%d/fd" % drain.pid)) < opened, "it stops")
+        wait_until(lambda: self.sleeps(drain.pid) > slept, "it stops")
         self.open_gate()
         self.assertEqual(drain.wait(30), 130)
         self.are(a="completed", b="pending")

@@ -159,7 +159,7 @@ def parse_date(text, local=False):
             day + (minute or "00:00") + (second or ":00") + (zone and zone.ljust(5, "0")),
             "%Y-%m-%d%H:%M:%S" + "%z" * bool(zone))
         return int(moment.timestamp()) * 1000 + int((fraction + "000")[:3])
-    except (AttributeError, ValueError, OverflowError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise ValueError("must be a date-time like 2026-01-15T10:30:00Z")
 
 
@@ -357,16 +357,13 @@ def others_can_write(status):
 def private_directory(path):
     """Make `path`, with what is missing above it, a directory of ours, 0700; one that is there must
     be ours, and nobody else may write it."""
-    above = os.path.dirname(path)
-    if not os.path.isdir(above):
-        private_directory(above)
+    umask = os.umask(0o077)
     try:
-        os.mkdir(path, 0o700)
-        os.chmod(path, 0o700)
-    except FileExistsError:
-        pass
+        os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise storage_error(path, error)
+    finally:
+        os.umask(umask)
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise Failure("%s is not a directory of yours; move it away" % path)
@@ -423,14 +420,14 @@ def is_locked(path):
         os.close(fd)
 
 
-def writes_to(process, wanted):
-    """Whether the process (its /proc directory) has the file with that status open for writing: who
-    only reads it, like tail -f, is no part of a job."""
+def holds(process, path):
+    """Whether the process (its /proc directory) has the file open for writing: who only reads it,
+    like tail -f, is no part of a job."""
     for fd in os.listdir(process + "/fd"):
         with suppress(OSError):
-            if os.path.samestat(os.stat("%s/fd/%s" % (process, fd)), wanted):
+            if os.path.samefile("%s/fd/%s" % (process, fd), path):
                 with open("%s/fdinfo/%s" % (process, fd)) as info:
-                    if int(info.read().split()[3], 8) & os.O_ACCMODE != os.O_RDONLY:
+                    if int(info.read().split()[3], 8) & os.O_ACCMODE:
                         return True
     return False
 
@@ -438,13 +435,11 @@ def writes_to(process, wanted):
 def processes(path=None, mark=None):
     """The pids, but for our own, that have the file `path` open for writing, or `mark` in their
     environment. Empty where there is no /proc."""
-    found, wanted = [], None
-    with suppress(OSError):
-        wanted = path and os.stat(path)
+    found = []
     for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         with suppress(OSError), open("/proc/%s/environ" % pid, "rb") as environ:
             if int(pid) != os.getpid() and process_start(int(pid)) and (
-                    wanted and writes_to("/proc/" + pid, wanted)
+                    path and holds("/proc/" + pid, path)
                     or mark and mark in environ.read(1 << 22).split(b"\0")):
                 found.append(int(pid))
     return found
@@ -533,10 +528,12 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
         return read_note(self.file("w.%d" % slot))
 
     def take_slot(self, slot):
-        """The descriptor of the slot's file, locked; None: somebody has it, or just looks at it."""
+        """The descriptor of the slot's file, locked; None: somebody has it."""
         fd = open_private(self.file("w.%d" % slot))
-        if try_lock(fd):
-            return fd
+        for _ in range(3):  # somebody may just look at it
+            if try_lock(fd):
+                return fd
+            sleep(0.001)
         os.close(fd)
         return None
 
@@ -558,15 +555,13 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
 
     def log(self, text):
         """A line in DB-run/log for what an operator should know; never a payload."""
-        with suppress(OSError, Failure):
-            fd = open_private(self.file("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            try:
-                os.write(fd, ("%s [%d] %s\n" % (iso(now_ms()), os.getpid(), safe(text))).encode(
-                    "utf-8", "backslashreplace"))
-                if os.fstat(fd).st_size > MAX_LOG:
-                    os.rename(self.file("log"), self.file("log.1"))
-            finally:
-                os.close(fd)
+        path = self.file("log")
+        with suppress(OSError, Failure), open(
+                open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "w", encoding="utf-8",
+                errors="backslashreplace") as file:
+            file.write("%s [%d] %s\n" % (iso(now_ms()), os.getpid(), safe(text)))
+            if file.tell() > MAX_LOG:
+                os.rename(path, path + ".1")
 
 
 class Turn:
@@ -581,7 +576,8 @@ class Turn:
     def __init__(self, place, patience_s, door):
         self.path = place.file("lock")
         self.fd = open_private(self.path)
-        self.door = open_private(place.file("door")) if door else None
+        self.door = open_private(place.file("door"))
+        self.by_door = door
         self.patience_s = patience_s
         self.mask = ()         # signals that were blocked before
         self.waiting = False
@@ -591,7 +587,7 @@ class Turn:
             raise Busy("%s is held by another process; see: queuectl doctor" % self.path)
 
     def take(self):
-        if self.door is not None:
+        if self.by_door:
             fcntl.flock(self.door, fcntl.LOCK_EX)
             fcntl.flock(self.fd, fcntl.LOCK_EX)
             fcntl.flock(self.door, fcntl.LOCK_UN)
@@ -625,8 +621,7 @@ class Turn:
 
     def close(self):
         os.close(self.fd)
-        if self.door is not None:
-            os.close(self.door)
+        os.close(self.door)
 
 
 # ---- Jobs and settings --------------------------------------------------------------------------
@@ -699,19 +694,15 @@ def number_from(low, high):
 as_count = number_from(1, MAX_WORKERS)
 
 
-def ms_from(low):
-    return lambda value: as_ms(value, low, bare="ms")
-
-
 SETTINGS = {  # key -> (default, the check of a text that is given)
     "max-retries": (3, number_from(1, 1000)),
-    "delay-base": (5000, ms_from(1)),
+    "delay-base": (5000, lambda text: as_ms(text, 1, "ms")),
     "backoff": ("exponential", lambda text: one_of(text, ("exponential", "linear", "fixed"))),
-    "max-delay": (86400000, ms_from(1)),
+    "max-delay": (86400000, lambda text: as_ms(text, 1, "ms")),
     "jitter": (0, number_from(0, 100)),
-    "timeout": (5000, ms_from(0)),
+    "timeout": (5000, lambda text: as_ms(text, 0, "ms")),
     "output-limit": (65536, number_from(0, 16 << 20)),
-    "retention": (0, ms_from(0)),
+    "retention": (0, lambda text: as_ms(text, 0, "ms")),
     "shell": ("/bin/sh -c", lambda text: split_shell(text) and text),
     "workers": (0, number_from(0, MAX_WORKERS)),
     "on-dead": ("", lambda text: text and as_command(text)),
@@ -862,34 +853,27 @@ def make_job(given, settings, now, job_id):
     return Job(**job)
 
 
-OF_OTHERS = dict(  # columns that another program may have filled -> their checks
-    dict.fromkeys(("created_at", "updated_at", "run_after", "started_at"), as_date),
-    attempts=number_from(0, 1 << 30), max_retries=number_from(1, 1000), timeout=as_ms,
-    priority=FIELDS["priority"], command=as_command, state=lambda text: one_of(text, STATES))
+OF_OTHERS = {  # what the system sets, in a row that another program inserted -> its check
+    "state": lambda text: one_of(text, STATES), "attempts": number_from(0, 1 << 30),
+    "created_at": as_date, "updated_at": as_date, "started_at": as_date}
 
 
 def job_of_others(row, settings, now):
     """The Job, like any other, of a row that another program inserted; what can't be makes it dead
     with the reason. One that was running has not begun."""
-    job, problem = defaults(settings, now), None
-    job["id"] = safe(str(row.id)) if row.id else new_ids(now)[0]
-    for field, check in OF_OTHERS.items():
-        value = getattr(row, field)
-        try:
-            if value not in (None, "") or field == "command":
-                job[field] = check(value)
-        except ValueError as error:
-            if field not in ("attempts", "max_retries", "timeout", "priority"):
-                problem = problem or "field %s %s" % (field, safe(str(error)))
-    if job["state"] == "processing":
-        job["state"] = "pending"
-    if problem:
-        job.update(command=job["command"] or safe(str(row.command)), state="dead", error=problem)
-    if job["state"] in FINISHED:
-        job["finished_at"] = job["updated_at"]
-    else:
-        job.update(scheduled(parse_date(job["run_after"]), now))
-    return Job(**job)
+    job_id = safe(str(row.id)) if row.id else new_ids(now)[0]
+    try:
+        job = make_job({name: getattr(row, name) for name in (
+            "command", "priority", "run_after", "timeout", "max_retries")}, settings, now, job_id)
+        job = job._replace(own=0, **{
+            name: checked(name, check, getattr(row, name)) for name, check in OF_OTHERS.items()
+            if getattr(row, name) not in (None, "")})
+    except Failure as error:
+        job = Job(**dict(defaults(settings, now), id=job_id, command=safe(str(row.command)),
+                         state="dead", error=str(error)))
+    if job.state in FINISHED:
+        return job._replace(finished_at=job.updated_at, due=None, ready=None)
+    return job._replace(state="failed" if job.state == "failed" else "pending")
 
 
 # ---- Verdicts -----------------------------------------------------------------------------------
@@ -1525,8 +1509,7 @@ class Store:
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
                WHERE (:slot IS NULL OR running.slot = :slot)
-                 AND (:job IS NULL OR running.job = :job)
-               ORDER BY running.serial""", {"slot": slot, "job": job})]
+                 AND (:job IS NULL OR running.job = :job)""", {"slot": slot, "job": job})]
 
     def open_slots(self):
         """{slot: wish} of the open attempts."""
@@ -2298,13 +2281,12 @@ class Attempt:
         note_at = now + 0.01  # right after the start /proc would wait for the exec
         while self.status is None and not self.reason:
             left = min(note_at, deadline, now + LOOK_S) - now
-            ready = [fd for fd, _ in worker.poll.poll(max(int(left * 1000) + 1, 0))]
+            ready = worker.listen(left)
             if self.output in ready:
                 self.pump()
             if worker.wake_fd in ready:
-                os.read(worker.wake_fd, 512)
                 self.leads()
-            wish, now = worker.wish(self.claim, ready), monotonic()
+            wish, now = worker.wish(self.claim), monotonic()
             if now >= note_at:
                 note_at = deadline + LOOK_S
                 worker.note(serial=self.claim.serial, leader=pid, start=process_start(pid))
@@ -2458,14 +2440,15 @@ class Worker:
             if claim:
                 outcome = Attempt(self, claim).run()
             elif outcome and outcome.reason == "unstarted":
-                outcome = sleep(LOOK_S)  # what the host lacks now it may have then
+                outcome = self.listen(LOOK_S) and None  # what the host lacks it may have then
             elif self.await_word():
                 outcome = None
             else:
                 return
 
     def note(self, **news):
-        write_note(self.slot_fd, pid=os.getpid(), only=self.only, at=now_ms(), **news)
+        with suppress(OSError):
+            write_note(self.slot_fd, pid=os.getpid(), only=self.only, at=now_ms(), **news)
 
     def found(self):
         """(Claim, Outcome) of the attempt that the last owner of the slot left open, once nothing
@@ -2498,7 +2481,7 @@ class Worker:
                         self.store.check_file()  # raises: nothing can be stored any more
                     if outcome is None:
                         return None
-            sleep(pause_s)
+            self.listen(pause_s)
             pause_s = min(pause_s * 2, 5.0)
 
     def record_and_claim(self, claim, outcome, claims):
@@ -2533,9 +2516,13 @@ class Worker:
             with suppress(OSError):
                 self.sock.send(b"!")
 
-    def hear(self, ready):
-        """Take what the supervisor sent, if it is among the `ready` descriptors: there is something
-        to look at, or it is gone. The socket stays open: its end would tell of ours."""
+    def listen(self, wait_s):
+        """Wait for something to hear, at most so long; the descriptors that are readable. What the
+        supervisor sends is only that there is something to look at, or its end. The socket stays
+        open: its end would tell of ours."""
+        ready = [fd for fd, _ in self.poll.poll(max(int(wait_s * 1000) + 1, 0))]
+        if self.wake_fd in ready:
+            os.read(self.wake_fd, 512)
         if self.sock.fileno() in ready:
             self.look_at, data = 0.0, b""
             with suppress(OSError):
@@ -2543,10 +2530,10 @@ class Worker:
             if not data:
                 self.poll.unregister(self.sock)
                 self.alone = True
+        return ready
 
-    def wish(self, claim, ready):
+    def wish(self, claim):
         """What somebody wishes of the attempt: looked up when we are woken, and once a second."""
-        self.hear(ready)
         if monotonic() >= self.look_at:
             self.look_at = monotonic() + LOOK_S
             with suppress(StorageError):
@@ -2558,7 +2545,7 @@ class Worker:
         done = self.only is not None and not any(
             state in UNFINISHED for _, state, _, _ in self.store.ends(self.only))
         if not (done or self.leaves()):
-            self.hear([fd for fd, _ in self.poll.poll()])
+            self.listen(3600)
         return not (done or self.leaves())
 
 
@@ -3500,13 +3487,13 @@ def look_at_database(queue):
         return "not there yet"
     store = Store(place, patience_s=5)
     try:
-        lines = store.integrity()
+        lines, version = store.integrity(), store.value("SELECT sqlite_version()")
     finally:
         store.close()
     if lines:
         raise Failure("%s is damaged: %s; stop the daemon and restore a backup, or save what is left"
                       " with: sqlite3 %s .recover" % (place.db, ", ".join(lines), place.db))
-    return "sound, SQLite " + store.value("SELECT sqlite_version()")
+    return "sound, SQLite " + version
 
 
 def diagnose(queue):
