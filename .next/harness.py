@@ -178,7 +178,7 @@ def become(request, code):
         time.tzset()
     random.seed()
     sys.stdin, sys.stdout, sys.stderr = (
-        open(fd, mode, encoding="utf-8", errors=errors) for fd, mode, errors in
+        open(fd, mode, encoding="utf-8", errors=errors, closefd=False) for fd, mode, errors in
         ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace")))
     sys.argv = [script] + request["args"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")

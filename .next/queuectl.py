@@ -27,9 +27,9 @@ Life cycle of a job, and what moves it:
   processing -> failed               Store.finish: will be tried again
   processing -> dead                 Store.finish: out of retries
   processing -> cancelled            Store.finish: at its user's wish
-  processing -> pending or failed    Store.give_back: not counted
+  processing -> pending or failed    Store.finish: given back, not counted
   pending or failed -> cancelled     Store.cancel
-  any end or failed -> pending       Store.requeue
+  any end    -> pending              Store.requeue
 
 On disk: DB (SQLite, WAL) and DB-run/: lock (held for each transaction), door (where workers queue
 for it), daemon (held by the daemon for its life), w.N (held by the worker of slot N, who notes its
@@ -79,7 +79,7 @@ import signal
 import socket
 import stat
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from time import monotonic, sleep
 
 # ---- Constants and defaults ---------------------------------------------------------------------
@@ -87,14 +87,13 @@ from time import monotonic, sleep
 # name says _s.
 
 VERSION = "1.0.0"
-STATES = ("pending", "processing", "completed", "failed", "dead", "cancelled")
+STATES = "pending processing completed failed dead cancelled".split()
 UNFINISHED = ("pending", "processing", "failed")
 FINISHED = ("completed", "dead", "cancelled")
 
 MAX_MS = 10 ** 12               # the longest duration taken, some 31 years
 LAST_MS = 253402300800000       # the year 10000, where ISO dates end
 MAX_COMMAND = 131071            # bytes: Linux takes no longer argument
-MAX_ENV = 1 << 20               # bytes of a job's own environment in all
 MAX_REQUEST = 16 << 20          # bytes of one request
 MAX_WORKERS = 1000              # slots above it belong to `run` and `drain`
 MAX_SOCKET_PATH = 107           # bytes: sockaddr_un, less its NUL
@@ -104,7 +103,6 @@ BATCH_BYTES = 8 << 20           # or so many bytes
 STEP = 1000                     # rows or ids that one transaction takes on
 MAX_NAMED = 10000               # jobs that a user may name for one change
 PAGE = 400                      # rows of one look; SQLite 3.7.17 takes 999 values
-ANSWERS = 1000                  # answers remembered, for clients that ask again
 LOOKED_AT = 20000               # jobs that `check` looks at, some 20 ms
 MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
 MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to, at least, before it is cut
@@ -121,7 +119,6 @@ TURN_S = 0.1                    # how long a supervisor does
 BUSY_S = 0.05                   # SQLite's own wait for another program's lock
 POLL_S = 0.2                    # between two looks of a command that watches, at the most
 IDLE_S = 60.0                   # a connection without a request is closed
-TWICE_S = 0.5                   # timeout(1) sends TERM twice; a second one this soon is the same
 
 DEFAULT_SOCKET = "/tmp/queuectl.sock"
 
@@ -130,8 +127,9 @@ DEFAULT_SOCKET = "/tmp/queuectl.sock"
 # milliseconds since 1970, UTC. Timeouts are measured by monotonic(), in seconds.
 
 UNITS_MS = {"d": 86400000, "h": 3600000, "m": 60000, "s": 1000, "ms": 1}
-DATE = (r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(?:(:\d\d)(?:[.,](\d{1,9}))?)?"
-        r"\s?([Zz]|[+-]\d\d(?::?\d\d)?)?)?")
+DATE = (r"(?a)(19[7-9]\d|[2-9]\d{3})-(\d\d)-(\d\d)"
+        r"(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
+        r"\s?([Zz]|([+-](?:[01]\d|2[0-3]))(?::?([0-5]\d))?)?)?")
 DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
@@ -140,7 +138,7 @@ def now_ms():
     return int(time.time() * 1000)
 
 
-@functools.lru_cache(maxsize=64)  # a batch asks for few
+@functools.lru_cache()  # a batch asks for few
 def iso(ms):
     """2026-01-15T10:30:00.000Z for ms since 1970; None for None."""
     if ms is None:
@@ -151,16 +149,16 @@ def iso(ms):
 def parse_date(text, local=False):
     """ms since 1970 of an ISO 8601 date-time (also SQLite's form); one without an offset is UTC, or
     `local` time."""
-    from datetime import datetime
+    from datetime import datetime, timedelta, timezone
     try:
-        day, minute, second, fraction, zone = re.fullmatch(DATE, text.strip(), re.ASCII).groups("")
-        zone = zone.replace(":", "").upper().replace("Z", "+00") or "+00" * (not local)
-        moment = datetime.strptime(
-            day + (minute or "00:00") + (second or ":00") + (zone and zone.ljust(5, "0")),
-            "%Y-%m-%d%H:%M:%S" + "%z" * bool(zone))
-        return int(moment.timestamp()) * 1000 + int((fraction + "000")[:3])
+        *numbers, fraction, zone, hours, minutes = re.fullmatch(DATE, text.strip()).groups("0")
+        moment = datetime(*map(int, numbers))
+        if zone != "0" or not local:
+            moment = moment.replace(tzinfo=timezone.utc) - timedelta(
+                hours=int(hours), minutes=int(hours[0] + minutes))
+        return int(moment.timestamp()) * 1000 + int((fraction + "00")[:3])
     except (AttributeError, TypeError, ValueError, OverflowError):
-        raise ValueError("must be a date-time like 2026-01-15T10:30:00Z")
+        raise ValueError("must be a date-time since 1970, like 2026-01-15T10:30:00Z")
 
 
 def next_time(text, now):
@@ -169,21 +167,21 @@ def next_time(text, now):
     if not re.fullmatch(r"\d\d?:\d\d", text):
         return parse_date(text, local=True)
     today = date.fromtimestamp(now / 1000)
-    moments = [parse_date("%s %s" % (today + timedelta(days), text.zfill(5)), local=True)
-               for days in (0, 1)]
-    return moments[moments[0] <= now]
+    first, second = (parse_date("%s %s" % (day, text.zfill(5)), local=True)
+                     for day in (today, today + timedelta(1)))
+    return first if first > now else second
 
 
-def parse_duration(text, bare=None):
-    """ms of `90s`, `5m`, `1h30m`, `500ms`; a bare number has the unit `bare`, or is refused."""
-    text = text.strip()
-    if text.isdigit():
-        if not bare:
-            raise ValueError("needs a unit: 90s, 5m, 2h or 1d")
-        text += bare
-    if not re.fullmatch(r"(\d{1,13}(ms|[smhd]))+", text, re.ASCII):
-        raise ValueError("must be like 90s, 5m, 1h30m or 1d")
+def parse_duration(text):
+    """ms of `90s`, `5m`, `1h30m`, `500ms`."""
+    if not re.fullmatch(r"(?a)(\d{1,13}(ms|[smhd]))+", text):
+        raise ValueError("must have a unit, like 90s, 5m, 1h30m or 1d")
     return sum(int(count) * UNITS_MS[unit] for count, unit in re.findall(r"(\d+)([a-z]+)", text))
+
+
+def whole(text):
+    """The number that a text of digits is, also the original's 60000.0; any other text as it is."""
+    return int(float(text)) if re.fullmatch(r"(?a)\s*-?\d{1,15}(\.0)?\s*", text) else text
 
 
 def lapse(ms):
@@ -197,7 +195,7 @@ def lapse(ms):
 
 def new_ids(now, count=1):
     """`count` new job ids of 14 characters that sort by time."""
-    first = (now << 25) + (int.from_bytes(os.urandom(4), "big") >> 7)
+    first = (now << 25) + int.from_bytes(os.urandom(3), "big")
     return ["".join(DIGITS[number >> shift & 31] for shift in range(65, -5, -5))
             for number in range(first, first + count)]
 
@@ -274,17 +272,14 @@ class Replaced(StorageError):
     """The database is no longer the file that was opened."""
 
 
-class Unreachable(Failure):
-    """Nobody answers at the socket."""
-
-
 REMEDIES = (  # what SQLite or the OS says -> what to tell of the file
     ("locked", "is locked by another program; try again when it is done"),
+    ("File exists", "is there already, and nothing replaces it; name another file"),
     ("full|No space|quota", "has no space left; free some and try again"),
     ("readonly|Read-only", "can't be written; check its mode and its file system"),
     ("unable to open|denied", "can't be opened; check its directory and owner, or give another --db"),
     ("not a database", "is not a database; restore a backup or move it"),
-    ("malformed", "is corrupt; restore a backup, or save what is left with: sqlite3 FILE .recover"),
+    ("malformed|too big", "is corrupt; restore a backup, or save what is left: sqlite3 FILE .recover"),
     ("no such", "is not a queue's database; give another --db, or restore a backup"),
     ("disk I/O", "can't be read or written; its disk is full, or look at the kernel's log"),
     ("", "can't be used"))
@@ -299,51 +294,21 @@ def storage_error(path, error):
 
 def decode_json(text, what):
     """The value of a JSON text or its bytes; a Failure naming `what` when it is none."""
-    def refuse(constant):
-        raise ValueError("%s is not JSON" % constant)
     try:
-        return json.loads(text if isinstance(text, str) else text.decode(), parse_constant=refuse)
+        return json.loads(text)
     except RecursionError:
         raise Failure("%s is nested too deeply" % what)
-    except UnicodeDecodeError:
-        raise Failure("%s is not JSON in UTF-8" % what)
     except ValueError as error:
-        raise Failure("%s is not JSON: %s" % (what, error))
+        raise Failure("%s is not JSON in UTF-8: %s" % (what, error))
 
 
 # ---- Files and processes ------------------------------------------------------------------------
 # Files that nobody planted, and processes that are the ones we mean.
 
 
-def check_regular(path, status):
-    """Refuse what is no regular file of ours."""
-    if not stat.S_ISREG(status.st_mode):
-        raise Failure("%s is not a regular file; move it away" % path)
-    if status.st_uid != os.geteuid():
-        raise Failure("%s belongs to another user (uid %d); run as that user or use another --db"
-                      % (path, status.st_uid))
-
-
-def open_private(path, flags=os.O_RDWR | os.O_CREAT):
-    """A descriptor on a file of ours, mode 0600, made if need be. Links are never followed."""
-    try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise Failure("%s is a symbolic link; move it away" % path)
-        raise storage_error(path, error)
-    try:
-        check_regular(path, os.fstat(fd))
-        os.fchmod(fd, 0o600)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 def others_can_write(status):
     """Whether someone else may write there; a primary group that bears the user's name may."""
-    if status.st_mode & 0o002 or not status.st_mode & 0o020:
+    if status.st_mode & 0o022 != 0o020:
         return bool(status.st_mode & 0o002)
     import grp
     import pwd
@@ -352,6 +317,33 @@ def others_can_write(status):
         return (status.st_gid != mine.pw_gid
                 or grp.getgrgid(status.st_gid).gr_name != mine.pw_name)
     return True
+
+
+def check_ours(path, status, is_kind=stat.S_ISREG):
+    """Refuse what is no regular file, or no directory, of ours that only we can write."""
+    if not is_kind(status.st_mode) or status.st_uid != os.geteuid():
+        raise Failure("%s is not a plain file or directory of yours (%s, uid %d); move it away, or"
+                      " give another --db" % (path, stat.filemode(status.st_mode), status.st_uid))
+    if others_can_write(status):
+        raise Failure("%s can be written by others; give another --db, or, if none of them needs it,"
+                      " run: chmod go-w %s" % (path, path))
+
+
+def open_private(path, flags=os.O_RDWR | os.O_CREAT):
+    """A descriptor on a file of ours, made 0600 if need be. Links are never followed. Also the
+    `opener` of an open()."""
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Failure("%s is a symbolic link; move it away" % path)
+        raise storage_error(path, error)
+    try:
+        check_ours(path, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def private_directory(path):
@@ -364,39 +356,35 @@ def private_directory(path):
         raise storage_error(path, error)
     finally:
         os.umask(umask)
-    status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise Failure("%s is not a directory of yours; move it away" % path)
-    if others_can_write(status):
-        raise Failure("%s can be written by others; run: chmod go-w %s" % (path, path))
+    check_ours(path, os.lstat(path), stat.S_ISDIR)
+
+
+def content(path):
+    """The bytes of a file; none where it isn't there, or we may not read it."""
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read()
+    return b""
 
 
 def file_system(path):
     """The type of the file system that `path` is on; "" where the system doesn't say."""
-    with suppress(OSError), open("/proc/self/mountinfo", "rb") as mounts:
-        device = os.stat(path).st_dev
-        number = b"%d:%d" % (os.major(device), os.minor(device))
-        for line in mounts:
-            if line.split()[2] == number:
-                return line.partition(b" - ")[2].split()[0].decode()
-    return ""
+    device = os.stat(path).st_dev
+    types = re.findall(rb"(?m)^\S+ \S+ %d:%d .* - (\S+)" % (os.major(device), os.minor(device)),
+                       content("/proc/self/mountinfo"))
+    return types[0].decode() if types else ""
 
 
-@functools.lru_cache(maxsize=None)  # no process outlives it
+@functools.lru_cache()  # no process outlives it
 def boot_id():
     """Differs after each boot; "" where the system doesn't say."""
-    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-    return ""
+    return content("/proc/sys/kernel/random/boot_id").decode().strip()
 
 
 def process_start(pid):
     """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie, or
     the system doesn't say."""
-    with suppress(OSError, TypeError), open("/proc/%d/stat" % pid, "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-        return "" if fields[0] in b"ZX" else fields[19].decode()
-    return ""
+    fields = content("/proc/%s/stat" % pid).rpartition(b")")[2].split()
+    return fields[19].decode() if fields and fields[0] not in b"ZX" else ""
 
 
 def try_lock(fd, how=fcntl.LOCK_EX):
@@ -410,46 +398,30 @@ def try_lock(fd, how=fcntl.LOCK_EX):
 
 def is_locked(path):
     """Whether another process holds the lock on a file. Shared: two who look don't collide."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return False
-    try:
-        return not try_lock(fd, fcntl.LOCK_SH)
-    finally:
-        os.close(fd)
-
-
-def holds(process, path):
-    """Whether the process (its /proc directory) has the file open for writing: who only reads it,
-    like tail -f, is no part of a job."""
-    for fd in os.listdir(process + "/fd"):
-        with suppress(OSError):
-            if os.path.samefile("%s/fd/%s" % (process, fd), path):
-                with open("%s/fdinfo/%s" % (process, fd)) as info:
-                    if int(info.read().split()[3], 8) & os.O_ACCMODE:
-                        return True
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        return not try_lock(file, fcntl.LOCK_SH)
     return False
 
 
 def processes(path=None, mark=None):
     """The pids, but for our own, that have the file `path` open for writing, or `mark` in their
     environment. Empty where there is no /proc."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        with suppress(OSError), open("/proc/%s/environ" % pid, "rb") as environ:
-            if int(pid) != os.getpid() and process_start(int(pid)) and (
-                    path and holds("/proc/" + pid, path)
-                    or mark and mark in environ.read(1 << 22).split(b"\0")):
-                found.append(int(pid))
-    return found
+    import glob
+    found = set()
+    for link in glob.glob("/proc/[0-9]*/fd/*") if path else ():
+        with suppress(OSError):  # who only reads it, like tail -f, is no part of a job
+            if os.path.samefile(link, path) and re.search(
+                    rb"flags:\s+\d*[12]\s", content(link.replace("/fd/", "/fdinfo/"))):
+                found.add(link)
+    found.update(environ for environ in glob.glob("/proc/[0-9]*/environ")
+                 if mark and mark in content(environ).split(b"\0"))
+    return {int(name.split("/")[2]) for name in found} - {os.getpid()}
 
 
 def read_note(path):
     """The object noted in a file of ours; {} when there is none, or it is not all there."""
-    with suppress(OSError, ValueError), open(path, "rb") as file:
-        value = json.loads(file.read().decode())
-        return value if isinstance(value, dict) else {}
+    with suppress(ValueError):
+        return json.loads(content(path))
     return {}
 
 
@@ -460,11 +432,10 @@ def write_note(fd, **note):
 
 def peer_uid(sock):
     """Who is at the other end of a Unix socket, by the kernel's word; None where it gives none."""
-    import struct
-    if hasattr(socket, "SO_PEERCRED"):
-        return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-    if hasattr(socket, "LOCAL_PEERCRED"):  # struct xucred: version, uid, …
-        return struct.unpack("2I", sock.getsockopt(0, socket.LOCAL_PEERCRED, 8))[1]
+    for level, name in ((socket.SOL_SOCKET, "SO_PEERCRED"), (0, "LOCAL_PEERCRED")):
+        if hasattr(socket, name):  # a pid or a version, then the uid
+            credentials = sock.getsockopt(level, getattr(socket, name), 12)
+            return int.from_bytes(credentials[4:8], sys.byteorder)
     return None
 
 
@@ -494,27 +465,21 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
     def check(self):
         """Refuse a place where no queue can be, or a file that is not ours."""
         folder = os.path.dirname(self.db)
-        if not self.db_given and not os.path.isdir(folder):
-            private_directory(folder)  # another is the user's affair
-        try:
-            status = os.stat(folder)
-        except OSError as error:
-            raise Failure("no directory %s for %s (%s); make it, or give another --db"
-                          % (folder, self.db, error.strerror))
-        if os.geteuid() == 0 and (status.st_uid != 0 or others_can_write(status)):
-            raise Failure("%s can be written by others than root; use a directory that can't"
-                          % folder)
+        if not os.path.isdir(folder):
+            if self.db_given:
+                raise Failure("no directory %s for %s; make it, or give another --db"
+                              % (folder, self.db))
+            private_directory(folder)
+        if os.geteuid() == 0:  # another is the user's affair
+            check_ours(folder, os.stat(folder), stat.S_ISDIR)
         if re.match(NETWORKS, file_system(folder)):
             raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
                           " give a --db on a local disk" % (self.db, file_system(folder)))
         if self.exists():
             status = os.lstat(self.db)
-            check_regular(self.db, status)
-            if not status.st_mode & 0o200 or not os.access(self.db, os.R_OK | os.W_OK):
+            check_ours(self.db, status)
+            if not status.st_mode & 0o200:
                 raise StorageError("%s is read-only; run: chmod u+rw %s" % (self.db, self.db))
-            if others_can_write(status):
-                raise StorageError("%s can be written by others; run: chmod 600 %s"
-                                   % (self.db, self.db))
 
     def slots(self):
         """The numbers of the slots whose worker lives, in order."""
@@ -527,15 +492,16 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
         """What the worker of a slot noted: pid, at (ms), only; serial, leader, start of its attempt."""
         return read_note(self.file("w.%d" % slot))
 
-    def take_slot(self, slot):
-        """The descriptor of the slot's file, locked; None: somebody has it."""
-        fd = open_private(self.file("w.%d" % slot))
-        for _ in range(3):  # somebody may just look at it
-            if try_lock(fd):
-                return fd
+    def hold(self, name, wait_s):
+        """A descriptor that holds the lock on a file in DB-run; None if another still has it after
+        `wait_s`: somebody may just look at it."""
+        fd, until = open_private(self.file(name)), monotonic() + wait_s
+        while not try_lock(fd):
+            if monotonic() > until:
+                os.close(fd)
+                return None
             sleep(0.001)
-        os.close(fd)
-        return None
+        return fd
 
     def daemon(self):
         """What the daemon noted of itself: pid, start, socket …; {} when none runs."""
@@ -544,21 +510,17 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
 
     def hold_daemon(self, wait_s):
         """A descriptor that holds the daemon's lock; a Failure if another still has it then."""
-        fd, until = open_private(self.file("daemon")), monotonic() + wait_s
-        while not try_lock(fd):
-            if monotonic() > until:
-                os.close(fd)
-                raise Failure("a daemon, pid %s, already serves %s; stop it with: queuectl daemon stop"
-                              % (read_note(self.file("daemon")).get("pid", "unknown"), self.db))
-            sleep(0.02)
+        fd = self.hold("daemon", wait_s)
+        if fd is None:
+            raise Failure("a daemon, pid %s, already serves %s; stop it with: queuectl daemon stop"
+                          % (read_note(self.file("daemon")).get("pid", "unknown"), self.db))
         return fd
 
     def log(self, text):
         """A line in DB-run/log for what an operator should know; never a payload."""
         path = self.file("log")
-        with suppress(OSError, Failure), open(
-                open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "w", encoding="utf-8",
-                errors="backslashreplace") as file:
+        with suppress(OSError, Failure), open(path, "a", encoding="utf-8",
+                                              opener=open_private) as file:
             file.write("%s [%d] %s\n" % (iso(now_ms()), os.getpid(), safe(text)))
             if file.tell() > MAX_LOG:
                 os.rename(path, path + ".1")
@@ -574,25 +536,23 @@ class Turn:
     """
 
     def __init__(self, place, patience_s, door):
-        self.path = place.file("lock")
-        self.fd = open_private(self.path)
+        self.fd = open_private(place.file("lock"))
         self.door = open_private(place.file("door"))
         self.by_door = door
         self.patience_s = patience_s
-        self.mask = ()         # signals that were blocked before
         self.waiting = False
 
     def on_alarm(self, *_):
         if self.waiting:
-            raise Busy("%s is held by another process; see: queuectl doctor" % self.path)
+            raise Busy("another process keeps the database's lock; see: queuectl doctor")
 
     def take(self):
-        if self.by_door:
-            fcntl.flock(self.door, fcntl.LOCK_EX)
+        if self.patience_s is None:
+            if self.by_door:
+                fcntl.flock(self.door, fcntl.LOCK_EX)
             fcntl.flock(self.fd, fcntl.LOCK_EX)
-            fcntl.flock(self.door, fcntl.LOCK_UN)
-        elif self.patience_s is None:
-            fcntl.flock(self.fd, fcntl.LOCK_EX)
+            if self.by_door:
+                fcntl.flock(self.door, fcntl.LOCK_UN)
         else:
             self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
             try:
@@ -619,6 +579,11 @@ class Turn:
         if self.patience_s is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
 
+    __enter__ = take
+
+    def __exit__(self, *_):
+        self.release()
+
     def close(self):
         os.close(self.fd)
         os.close(self.door)
@@ -629,173 +594,126 @@ class Turn:
 # program gives. A check returns the value to store, or raises ValueError: what it must be.
 
 
-def one_of(value, choices):
-    if value not in choices:
-        raise ValueError("must be one of " + ", ".join(choices))
-    return value
-
-
-def as_text(value):
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    if "\0" in value:
-        raise ValueError("must not hold a NUL")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("is not valid Unicode (a lone surrogate)")
-    return value
-
-
 def is_text(value):
-    with suppress(ValueError):
-        return as_text(value) == value
-    return False
+    """Whether it is text that a database and an argument can hold: no NUL, no lone surrogate."""
+    try:
+        return b"\0" not in value.encode()
+    except (AttributeError, UnicodeError):
+        return False
 
 
-def as_int(value, low, high):
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError("must be a whole number, %d to %d" % (low, high))
-    return value
+def text_that(fits, must):
+    """The check of a text for which `fits(text)` holds: it must be so."""
+    def check(value):
+        if not is_text(value) or not fits(value):
+            raise ValueError("must be " + must)
+        return value
+    return check
 
 
-def as_ms(value, low=0, bare=None):
-    """A duration in ms, as a number or as text like 5m; a bare number in text has the unit `bare`."""
-    return as_int(parse_duration(value, bare) if isinstance(value, str) else value, low, MAX_MS)
+def one_of(*choices):
+    return text_that(lambda text: text in choices, "one of " + ", ".join(choices))
 
 
-def as_command(value):
-    size = len(as_text(value).encode())
-    if not value.strip():
-        raise ValueError("must not be empty")
-    if size > MAX_COMMAND:
-        raise ValueError("is too long: %d bytes, at most %d; put it into a script"
-                         % (size, MAX_COMMAND))
-    return value
+def number_from(low, high, read=whole):
+    """The check of a whole number; `read` makes one of a text, str: a text is refused."""
+    def check(value):
+        number = read(value) if isinstance(value, str) else value
+        if type(number) is not int or not low <= number <= high:  # True is an int too
+            raise ValueError("must be a whole number, %d to %d" % (low, high))
+        return number
+    return check
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache()
 def split_shell(text):
     """The argv, as bytes, that the `shell` setting stands for."""
     import shlex
-    argv = [word.encode() for word in shlex.split(as_text(text))]
-    if not any(argv[:1]):
-        raise ValueError("must name a program, like /bin/sh -c")
-    return argv
+    return [word.encode() for word in shlex.split(text)]
 
 
-def number_from(low, high):
-    """The check of a number that may be given as text."""
-    return lambda value: as_int(
-        int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,18}\s*", value, re.ASCII)
-        else value, low, high)
-
-
+as_text = text_that(is_text, "text without NUL")
+as_command = text_that(lambda text: text.strip() and len(text.encode()) <= MAX_COMMAND,
+                       "text of 1 to %d bytes, without NUL; put more into a script" % MAX_COMMAND)
+as_cwd = text_that(os.path.isabs, "an absolute path")
 as_count = number_from(1, MAX_WORKERS)
-
+as_ms = number_from(0, MAX_MS, parse_duration)
 
 SETTINGS = {  # key -> (default, the check of a text that is given)
     "max-retries": (3, number_from(1, 1000)),
-    "delay-base": (5000, lambda text: as_ms(text, 1, "ms")),
-    "backoff": ("exponential", lambda text: one_of(text, ("exponential", "linear", "fixed"))),
-    "max-delay": (86400000, lambda text: as_ms(text, 1, "ms")),
+    "delay-base": (5000, number_from(1, MAX_MS, parse_duration)),
+    "backoff": ("exponential", one_of("exponential", "linear", "fixed")),
+    "max-delay": (86400000, number_from(1, MAX_MS, parse_duration)),
     "jitter": (0, number_from(0, 100)),
-    "timeout": (5000, lambda text: as_ms(text, 0, "ms")),
+    "timeout": (5000, as_ms),
     "output-limit": (65536, number_from(0, 16 << 20)),
-    "retention": (0, lambda text: as_ms(text, 0, "ms")),
-    "shell": ("/bin/sh -c", lambda text: split_shell(text) and text),
+    "retention": (0, as_ms),
+    "shell": ("/bin/sh -c", text_that(split_shell, "a program, like /bin/sh -c")),
     "workers": (0, number_from(0, MAX_WORKERS)),
-    "on-dead": ("", lambda text: text and as_command(text)),
+    "on-dead": ("", as_command),
 }
 DURATIONS = ("delay-base", "max-delay", "timeout", "retention")
 
 
-def checked(field, check, *values):
-    """What `check(*values)` returns; its ValueError as a Failure that names the field."""
+def checked(field, check, value):
+    """What `check(value)` returns; its ValueError as a Failure that names the field."""
     try:
-        return check(*values)
+        return check(value)
     except ValueError as error:
-        raise Failure("field %s %s" % (str(field)[:80], error))
+        raise Failure("field %s %s" % (field, error))
 
 
 def read_setting(key, value):
-    """The typed value of a setting given as text or number; `default` is its default. The original
-    stored numbers as 60000.0, and 0.0 for the default."""
-    if not isinstance(key, str) or key not in SETTINGS:
-        raise Failure("unknown setting %s; known are %s" % (str(key)[:80], ", ".join(SETTINGS)))
+    """The typed value of a setting given as text or number, durations in ms unless they have a
+    unit; `default` is its default. The original stored numbers as 60000.0, and 0.0 for the
+    default."""
+    if key not in list(SETTINGS):  # not hashed: it may be anything
+        raise Failure("unknown setting %.80s; known are %s" % (key, ", ".join(SETTINGS)))
     (default, check), text = SETTINGS[key], str(value).strip()
     if text in ("default", "0.0"):
         return default
-    return checked(key, check, re.sub(r"^(\d+)\.0$", r"\1", text))
-
-
-def as_id(value):
-    value = as_text(value)
-    if not 1 <= len(value) <= 128 or not value.isprintable() or " " in value or "/" in value:
-        raise ValueError("must be 1 to 128 printable characters without spaces or slashes")
-    return value
+    return checked(key, check, whole(text) if isinstance(default, int) else text)
 
 
 def as_date(value):
-    ms = parse_date(value)
-    if not 0 <= ms < LAST_MS:
-        raise ValueError("must be a date-time since 1970")
-    return iso(ms)
-
-
-def as_cwd(value):
-    if not as_text(value).startswith("/") or len(value.encode()) > 4095:
-        raise ValueError("must be an absolute path")
-    return value
-
-
-def as_environ(value):
-    """The JSON text of an object of text to text; lone surrogates stand for bytes that are no
-    UTF-8."""
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError("must be an object of text to text")
-    return compact(value)
+    return iso(parse_date(value))
 
 
 def as_env(value):
-    """The same, with names and values that any environment can hold."""
-    text = as_environ(value)
-    for name, one in value.items():
-        if not name or "=" in as_text(name) or len((name + as_text(one)).encode()) >= MAX_COMMAND:
-            raise ValueError("has a name that is none or a value that is too long: %r" % name[:80])
-    if len(text) > MAX_ENV:
-        raise ValueError("is too large: at most %d bytes" % MAX_ENV)
-    return text
-
-
-def as_key(value):
-    if not 1 <= len(as_text(value)) <= 1024:
-        raise ValueError("must be 1 to 1024 characters")
-    return value
+    """The JSON text of an environment, an object of text to text. Lone surrogates stand for bytes
+    that are no UTF-8."""
+    with suppress(AttributeError, TypeError, UnicodeError):
+        names, texts = "".join(value), "".join(value.values())
+        if "" not in value and "=" not in names and b"\0" not in as_bytes(names + texts):
+            return compact(value)
+    raise ValueError("must be an object of text to text, without NUL, nor = in a name")
 
 
 FIELDS = {  # what a job may be given -> the check that returns what is stored
-    "id": as_id,
+    "id": text_that(lambda text: text.isprintable() and re.fullmatch("[^ /]{1,128}", text),
+                    "1 to 128 printable characters without spaces or slashes"),
     "command": as_command,
-    "priority": lambda value: as_int(value, -1000, 1000),
+    "priority": number_from(-1000, 1000, str),
     "run_after": as_date,
     "timeout": as_ms,
-    "max_retries": lambda value: as_int(value, 1, 1000),
+    "max_retries": number_from(1, 1000, str),
     "cwd": as_cwd,
     "env": as_env,
-    "unique": as_key,
+    "unique": text_that(len, "text without NUL, not empty"),
 }
+OF_OTHERS = dict(  # the same of a row that another program inserted
+    FIELDS, state=one_of(*STATES), attempts=number_from(0, 1 << 30), created_at=as_date,
+    updated_at=as_date, started_at=as_date)
 PUBLIC = ("id command state attempts max_retries priority timeout created_at updated_at run_after"
           " locked_at started_at finished_at exit_code error cwd env unique").split()
-OWN_TIMEOUT, OWN_RETRIES = 1, 2  # bits of Job.own: not replaced by the settings on a retry
-ON_DEAD = 4                      # and: it was enqueued because another job died
+OWN = {"timeout": 1, "max_retries": 2}  # bits of Job.own: not replaced by the settings on a retry
+ON_DEAD = 4                             # and: it was enqueued because another job died
 
 
 def env_of(text):
     """The object that a job's `env` stands for; another program may have written anything."""
-    with suppress(ValueError, TypeError, RecursionError):
-        env = json.loads(text or "{}")
-        return env if isinstance(env, dict) else {}
+    with suppress(ValueError, TypeError):
+        return dict(json.loads(text or "{}"))
     return {}
 
 
@@ -805,8 +723,8 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial envi
     due      ms when a waiting job must be made ready; 0: inserted by another program, not checked
              yet; else NULL
     ready    1 when it can be claimed, else NULL
-    own      bits: OWN_… for what the job brought itself, ON_DEAD
-    runs     attempts over its whole life
+    own      bits: OWN for what the job brought itself, ON_DEAD
+    runs     attempts that have ended, over its whole life
     serial   of its open attempt, else NULL
     environ  of its caller, as `env`; read for its attempts alone
     """
@@ -818,44 +736,33 @@ class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial envi
         return dict(zip(PUBLIC, self), env=env_of(self.env))
 
 
-def defaults(settings, now):
+def defaults(settings, now, job_id):
     """{field: value} of a job that brings nothing of its own."""
     stamp = iso(now)
-    return dict(dict.fromkeys(Job._fields), state="pending", attempts=0, priority=0, own=0, runs=0,
-                max_retries=settings["max-retries"], timeout=settings["timeout"],
-                created_at=stamp, updated_at=stamp, run_after=stamp)
+    return dict(dict.fromkeys(Job._fields), id=job_id, state="pending", attempts=0, priority=0,
+                ready=1, own=0, runs=0, max_retries=settings["max-retries"],
+                timeout=settings["timeout"], created_at=stamp, updated_at=stamp, run_after=stamp)
 
 
-def scheduled(due, now):
-    """The fields of a job that may start at `due`: it is ready if that has come."""
-    return {"due": due, "ready": None} if due > now else {"due": None, "ready": 1}
-
-
-def make_job(given, settings, now, job_id):
+def make_job(given, settings, now, job_id, checks=FIELDS):
     """A pending Job from the object a user gave (see FIELDS), called `job_id` if it brings no id;
     a Failure names a bad field. What the system sets is ignored: an object that `list` showed is a
     job too."""
     if not isinstance(given, dict):
         raise Failure('a job is a JSON object like {"command":"true"}; a command goes after --, like:'
                       ' enqueue -- make -j4')
-    job = dict(defaults(settings, now), id=job_id, **scheduled(now, now))
+    job = defaults(settings, now, job_id)
     for name, value in given.items():
-        if name in FIELDS and value is not None:
-            job[name] = checked(name, FIELDS[name], value)
-            if name == "run_after":
-                job.update(scheduled(parse_date(value), now))
+        if name in checks and value is not None:
+            job[name] = checked(name, checks[name], value)
+            job["own"] |= OWN.get(name, 0)
         elif name not in PUBLIC:
-            raise Failure("field %s is unknown; known are %s" % (name[:80], ", ".join(FIELDS)))
+            raise Failure("field %.80s is unknown; known are %s" % (name, ", ".join(FIELDS)))
     if job["command"] is None:
         raise Failure("field command is required")
-    job["own"] = (OWN_TIMEOUT * (given.get("timeout") is not None)
-                  + OWN_RETRIES * (given.get("max_retries") is not None))
+    if job["run_after"] > iso(now):
+        job.update(due=parse_date(job["run_after"]), ready=None)
     return Job(**job)
-
-
-OF_OTHERS = {  # what the system sets, in a row that another program inserted -> its check
-    "state": lambda text: one_of(text, STATES), "attempts": number_from(0, 1 << 30),
-    "created_at": as_date, "updated_at": as_date, "started_at": as_date}
 
 
 def job_of_others(row, settings, now):
@@ -863,13 +770,9 @@ def job_of_others(row, settings, now):
     with the reason. One that was running has not begun."""
     job_id = safe(str(row.id)) if row.id else new_ids(now)[0]
     try:
-        job = make_job({name: getattr(row, name) for name in (
-            "command", "priority", "run_after", "timeout", "max_retries")}, settings, now, job_id)
-        job = job._replace(own=0, **{
-            name: checked(name, check, getattr(row, name)) for name, check in OF_OTHERS.items()
-            if getattr(row, name) not in (None, "")})
+        job = make_job(dict(zip(PUBLIC, row), id=None), settings, now, job_id, OF_OTHERS)
     except Failure as error:
-        job = Job(**dict(defaults(settings, now), id=job_id, command=safe(str(row.command)),
+        job = Job(**dict(defaults(settings, now, job_id), command=safe(str(row.command)),
                          state="dead", error=str(error)))
     if job.state in FINISHED:
         return job._replace(finished_at=job.updated_at, due=None, ready=None)
@@ -913,8 +816,7 @@ def failure_text(timeout, outcome):
     """One line that says how an attempt failed; None if it did not."""
     status, reason = outcome.status, outcome.reason
     if reason == "timeout":
-        return ("timed out after %d ms (raise it with --timeout or: config set timeout 0)"
-                % timeout)
+        return "timed out after %d ms (raise it with --timeout or: config set timeout 0)" % timeout
     if reason and not (reason in ("cancel", "give back") and status == 0):
         return outcome.detail or reason
     if status is not None and status < 0:
@@ -943,147 +845,194 @@ def reason_of(wish, same_boot, began):
 
 
 # ---- Schema -------------------------------------------------------------------------------------
-# Numbered migrations, each run in one transaction. Released ones are never edited: add another.
-# jobs, config and metrics begin as the original QueueCTL made them, so its databases open here.
-# A row that another program inserts has due = 0, and is checked by whoever writes next.
+# Numbered migrations, each run in one transaction: statements with an empty line between them.
+# Released ones are never edited: add another. jobs, config and metrics begin as the original
+# QueueCTL made them, so its databases open here. A row that another program inserts has due = 0,
+# and is checked by whoever writes next.
 # Not partial indexes (SQLite 3.8) nor WITHOUT ROWID (3.8.2): 3.7.17 has neither.
 
-MIGRATIONS = (
-    ("""CREATE TABLE IF NOT EXISTS jobs (
-            id TEXT PRIMARY KEY,
-            command TEXT NOT NULL,
-            state TEXT DEFAULT 'pending',
-            attempts INT DEFAULT 0,
-            max_retries INT DEFAULT 3,
-            created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
-            updated_at DATETIME DEFAULT CURRENT_TIMESTAMP,
-            locked_at DATETIME,
-            timeout INT DEFAULT 5000,
-            run_after DATETIME DEFAULT CURRENT_TIMESTAMP,
-            priority INT DEFAULT 0,
-            started_at DATETIME)""",
-     "CREATE TABLE IF NOT EXISTS config (key TEXT PRIMARY KEY, value TEXT)",
-     """CREATE TABLE IF NOT EXISTS metrics (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
-            daemon_startup DATETIME DEFAULT CURRENT_TIMESTAMP,
-            total_commands INT DEFAULT 0)""",
-     "ALTER TABLE jobs ADD COLUMN finished_at TEXT",
-     "ALTER TABLE jobs ADD COLUMN exit_code INTEGER",
-     "ALTER TABLE jobs ADD COLUMN error TEXT",
-     "ALTER TABLE jobs ADD COLUMN cwd TEXT",
-     "ALTER TABLE jobs ADD COLUMN env TEXT",
-     "ALTER TABLE jobs ADD COLUMN environ TEXT",
-     "ALTER TABLE jobs ADD COLUMN 'unique' TEXT",
-     "ALTER TABLE jobs ADD COLUMN 'group' TEXT",
-     "ALTER TABLE jobs ADD COLUMN due INTEGER DEFAULT 0",
-     "ALTER TABLE jobs ADD COLUMN ready INTEGER",
-     "ALTER TABLE jobs ADD COLUMN own INTEGER DEFAULT 0",
-     "ALTER TABLE jobs ADD COLUMN runs INTEGER DEFAULT 0",
-     "ALTER TABLE jobs ADD COLUMN serial INTEGER",
-     "CREATE INDEX jobs_ready ON jobs (ready, priority DESC)",
-     'CREATE INDEX jobs_group ON jobs (ready, "group", priority DESC)',
-     "CREATE INDEX jobs_due ON jobs (due)",
-     "CREATE INDEX jobs_finished ON jobs (state, finished_at)",
-     # The open attempts. That `slot` and `job` are unique is promise 2: nothing runs twice at once.
-     # started_at: ms; wish: '', 'cancel' or 'give back'.
-     """CREATE TABLE running (
-            slot INTEGER PRIMARY KEY,
-            job TEXT NOT NULL UNIQUE,
-            serial INTEGER NOT NULL,
-            boot TEXT NOT NULL,
-            started_at INTEGER NOT NULL,
-            wish TEXT NOT NULL DEFAULT '')""",
-     """CREATE TABLE attempts (
-            serial INTEGER PRIMARY KEY,
-            job TEXT NOT NULL,
-            number INTEGER NOT NULL,
-            worker INTEGER,
-            started_at TEXT,
-            finished_at TEXT,
-            ms INTEGER NOT NULL,
-            exit_code INTEGER,
-            signal TEXT,
-            error TEXT,
-            dropped INTEGER NOT NULL,
-            output BLOB)""",
-     "CREATE INDEX attempts_job ON attempts (job)",
-     # What a job waits for; a row goes when that has completed.
-     """CREATE TABLE after (
-            job TEXT NOT NULL,
-            needs TEXT NOT NULL,
-            PRIMARY KEY (job, needs))""",
-     "CREATE INDEX after_needs ON after (needs)",
-     # The last job that was given a key; it holds it while it is unfinished.
-     "CREATE TABLE unique_keys (key TEXT PRIMARY KEY, job TEXT NOT NULL)",
-     # What was answered to the last changes: a client whose connection broke may ask again.
-     "CREATE TABLE answers (number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)",
-     # One row. By state: how many jobs there are; serial: of the last attempt; changes: of
-     # settings, pause or limits.
-     """CREATE TABLE totals (
-            pending INTEGER DEFAULT 0,
-            processing INTEGER DEFAULT 0,
-            completed INTEGER DEFAULT 0,
-            failed INTEGER DEFAULT 0,
-            dead INTEGER DEFAULT 0,
-            cancelled INTEGER DEFAULT 0,
-            serial INTEGER DEFAULT 0,
-            changes INTEGER DEFAULT 0,
-            jobs_enqueued INTEGER DEFAULT 0,
-            jobs_completed INTEGER DEFAULT 0,
-            jobs_died INTEGER DEFAULT 0,
-            failed_attempts INTEGER DEFAULT 0,
-            runtime_ms INTEGER DEFAULT 0,
-            longest_ms INTEGER DEFAULT 0)""",
-     """INSERT INTO totals (pending, processing, completed, failed, dead)
-        SELECT COUNT(CASE state WHEN 'pending' THEN 1 END),
-               COUNT(CASE state WHEN 'processing' THEN 1 END),
-               COUNT(CASE state WHEN 'completed' THEN 1 END),
-               COUNT(CASE state WHEN 'failed' THEN 1 END),
-               COUNT(CASE state WHEN 'dead' THEN 1 END)
-        FROM jobs""",
-     # By triggers, so that rows inserted or deleted by another program count too.
-     """CREATE TRIGGER jobs_added AFTER INSERT ON jobs BEGIN
-            UPDATE totals
-            SET pending = pending + (NEW.state IS 'pending'),
-                processing = processing + (NEW.state IS 'processing'),
-                completed = completed + (NEW.state IS 'completed'),
-                failed = failed + (NEW.state IS 'failed'),
-                dead = dead + (NEW.state IS 'dead'),
-                cancelled = cancelled + (NEW.state IS 'cancelled'),
-                jobs_enqueued = jobs_enqueued + 1;
-        END""",
-     """CREATE TRIGGER jobs_moved AFTER UPDATE OF state ON jobs WHEN OLD.state IS NOT NEW.state
-        BEGIN
-            UPDATE totals
-            SET pending = pending + (NEW.state IS 'pending') - (OLD.state IS 'pending'),
-                processing = processing + (NEW.state IS 'processing') - (OLD.state IS 'processing'),
-                completed = completed + (NEW.state IS 'completed') - (OLD.state IS 'completed'),
-                failed = failed + (NEW.state IS 'failed') - (OLD.state IS 'failed'),
-                dead = dead + (NEW.state IS 'dead') - (OLD.state IS 'dead'),
-                cancelled = cancelled + (NEW.state IS 'cancelled') - (OLD.state IS 'cancelled'),
-                serial = MAX(serial, COALESCE(NEW.serial, 0)),
-                jobs_completed = jobs_completed + (NEW.state IS 'completed'),
-                jobs_died = jobs_died + (NEW.state IS 'dead');
-        END""",
-     """CREATE TRIGGER attempts_added AFTER INSERT ON attempts BEGIN
-            UPDATE totals
-            SET failed_attempts = failed_attempts + (NEW.error IS NOT NULL),
-                runtime_ms = runtime_ms + (NEW.error IS NULL) * NEW.ms,
-                longest_ms = MAX(longest_ms, (NEW.error IS NULL) * NEW.ms);
-        END""",
-     """CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
-            UPDATE totals
-            SET pending = pending - (OLD.state IS 'pending'),
-                processing = processing - (OLD.state IS 'processing'),
-                completed = completed - (OLD.state IS 'completed'),
-                failed = failed - (OLD.state IS 'failed'),
-                dead = dead - (OLD.state IS 'dead'),
-                cancelled = cancelled - (OLD.state IS 'cancelled');
-            DELETE FROM attempts WHERE job = OLD.id;
-            DELETE FROM after WHERE job = OLD.id OR needs = OLD.id;
-            DELETE FROM unique_keys WHERE key = OLD."unique" AND job = OLD.id;
-        END"""),
-)
+MIGRATIONS = ("""
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY,
+    command TEXT NOT NULL,
+    state TEXT DEFAULT 'pending',
+    attempts INT DEFAULT 0,
+    max_retries INT DEFAULT 3,
+    created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
+    updated_at DATETIME DEFAULT CURRENT_TIMESTAMP,
+    locked_at DATETIME,
+    timeout INT DEFAULT 5000,
+    run_after DATETIME DEFAULT CURRENT_TIMESTAMP,
+    priority INT DEFAULT 0,
+    started_at DATETIME)
+
+CREATE TABLE IF NOT EXISTS config (key TEXT PRIMARY KEY, value TEXT)
+
+CREATE TABLE IF NOT EXISTS metrics (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    daemon_startup DATETIME DEFAULT CURRENT_TIMESTAMP,
+    total_commands INT DEFAULT 0)
+
+ALTER TABLE jobs ADD COLUMN finished_at TEXT
+
+ALTER TABLE jobs ADD COLUMN exit_code INTEGER
+
+ALTER TABLE jobs ADD COLUMN error TEXT
+
+ALTER TABLE jobs ADD COLUMN cwd TEXT
+
+ALTER TABLE jobs ADD COLUMN env TEXT
+
+ALTER TABLE jobs ADD COLUMN environ TEXT
+
+ALTER TABLE jobs ADD COLUMN 'unique' TEXT
+
+ALTER TABLE jobs ADD COLUMN 'group' TEXT
+
+ALTER TABLE jobs ADD COLUMN due INTEGER DEFAULT 0
+
+ALTER TABLE jobs ADD COLUMN ready INTEGER
+
+ALTER TABLE jobs ADD COLUMN own INTEGER DEFAULT 0
+
+ALTER TABLE jobs ADD COLUMN runs INTEGER DEFAULT 0
+
+ALTER TABLE jobs ADD COLUMN serial INTEGER
+
+CREATE INDEX jobs_ready ON jobs (ready, priority DESC)
+
+CREATE INDEX jobs_group ON jobs (ready, "group", priority DESC)
+
+CREATE INDEX jobs_due ON jobs (due)
+
+CREATE INDEX jobs_finished ON jobs (state, finished_at)
+
+-- The open attempts. That slot and job are unique is promise 2: nothing runs twice at once.
+CREATE TABLE running (
+    slot INTEGER PRIMARY KEY,
+    job TEXT NOT NULL UNIQUE,
+    serial INTEGER NOT NULL,
+    boot TEXT NOT NULL,
+    started_at INTEGER NOT NULL,  -- ms
+    wish TEXT NOT NULL DEFAULT '')  -- or 'cancel', 'give back'
+
+CREATE TABLE attempts (
+    serial INTEGER PRIMARY KEY,
+    job TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    worker INTEGER,
+    started_at TEXT,
+    finished_at TEXT,
+    ms INTEGER NOT NULL,
+    exit_code INTEGER,
+    signal TEXT,
+    error TEXT,
+    dropped INTEGER NOT NULL,
+    output BLOB)
+
+CREATE INDEX attempts_job ON attempts (job)
+
+-- What a job waits for; a row goes when that has completed.
+CREATE TABLE after (
+    job TEXT NOT NULL,
+    needs TEXT NOT NULL,
+    PRIMARY KEY (job, needs))
+
+CREATE INDEX after_needs ON after (needs)
+
+-- The last job that was given a key; it holds it while it is unfinished.
+CREATE TABLE unique_keys (key TEXT PRIMARY KEY, job TEXT NOT NULL)
+
+CREATE TRIGGER key_given AFTER INSERT ON jobs WHEN NEW."unique" IS NOT NULL BEGIN
+    DELETE FROM unique_keys WHERE key = NEW."unique";
+    INSERT INTO unique_keys (key, job) VALUES (NEW."unique", NEW.id);
+END
+
+CREATE TRIGGER key_given_again AFTER UPDATE OF state ON jobs
+WHEN NEW."unique" IS NOT NULL AND NEW.state = 'pending' BEGIN
+    DELETE FROM unique_keys WHERE key = NEW."unique";
+    INSERT INTO unique_keys (key, job) VALUES (NEW."unique", NEW.id);
+END
+
+-- What was answered to the last changes: a client whose connection broke may ask again.
+CREATE TABLE answers (number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)
+
+CREATE TRIGGER answers_added AFTER INSERT ON answers BEGIN
+    DELETE FROM answers WHERE number <= NEW.number - 1000;
+    UPDATE metrics SET total_commands = total_commands + 1
+    WHERE id = (SELECT MAX(id) FROM metrics);
+END
+
+-- One row. By state: how many jobs there are; serial: of the last attempt; changes: of settings,
+-- pause or limits.
+CREATE TABLE totals (
+    pending INTEGER DEFAULT 0,
+    processing INTEGER DEFAULT 0,
+    completed INTEGER DEFAULT 0,
+    failed INTEGER DEFAULT 0,
+    dead INTEGER DEFAULT 0,
+    cancelled INTEGER DEFAULT 0,
+    serial INTEGER DEFAULT 0,
+    changes INTEGER DEFAULT 0,
+    jobs_enqueued INTEGER DEFAULT 0,
+    jobs_completed INTEGER DEFAULT 0,
+    jobs_died INTEGER DEFAULT 0,
+    failed_attempts INTEGER DEFAULT 0,
+    runtime_ms INTEGER DEFAULT 0,
+    longest_ms INTEGER DEFAULT 0)
+
+INSERT INTO totals (pending, processing, completed, failed, dead)
+SELECT COUNT(CASE state WHEN 'pending' THEN 1 END),
+       COUNT(CASE state WHEN 'processing' THEN 1 END),
+       COUNT(CASE state WHEN 'completed' THEN 1 END),
+       COUNT(CASE state WHEN 'failed' THEN 1 END),
+       COUNT(CASE state WHEN 'dead' THEN 1 END)
+FROM jobs
+
+-- By triggers, so that rows inserted or deleted by another program count too.
+CREATE TRIGGER jobs_added AFTER INSERT ON jobs BEGIN
+    UPDATE totals
+    SET pending = pending + (NEW.state IS 'pending'),
+        processing = processing + (NEW.state IS 'processing'),
+        completed = completed + (NEW.state IS 'completed'),
+        failed = failed + (NEW.state IS 'failed'),
+        dead = dead + (NEW.state IS 'dead'),
+        cancelled = cancelled + (NEW.state IS 'cancelled'),
+        jobs_enqueued = jobs_enqueued + 1;
+END
+
+CREATE TRIGGER jobs_moved AFTER UPDATE OF state ON jobs WHEN OLD.state IS NOT NEW.state BEGIN
+    UPDATE totals
+    SET pending = pending + (NEW.state IS 'pending') - (OLD.state IS 'pending'),
+        processing = processing + (NEW.state IS 'processing') - (OLD.state IS 'processing'),
+        completed = completed + (NEW.state IS 'completed') - (OLD.state IS 'completed'),
+        failed = failed + (NEW.state IS 'failed') - (OLD.state IS 'failed'),
+        dead = dead + (NEW.state IS 'dead') - (OLD.state IS 'dead'),
+        cancelled = cancelled + (NEW.state IS 'cancelled') - (OLD.state IS 'cancelled'),
+        serial = MAX(serial, COALESCE(NEW.serial, 0)),
+        jobs_completed = jobs_completed + (NEW.state IS 'completed'),
+        jobs_died = jobs_died + (NEW.state IS 'dead');
+END
+
+CREATE TRIGGER attempts_added AFTER INSERT ON attempts BEGIN
+    UPDATE totals
+    SET failed_attempts = failed_attempts + (NEW.error IS NOT NULL),
+        runtime_ms = runtime_ms + (NEW.error IS NULL) * NEW.ms,
+        longest_ms = MAX(longest_ms, (NEW.error IS NULL) * NEW.ms);
+END
+
+CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
+    UPDATE totals
+    SET pending = pending - (OLD.state IS 'pending'),
+        processing = processing - (OLD.state IS 'processing'),
+        completed = completed - (OLD.state IS 'completed'),
+        failed = failed - (OLD.state IS 'failed'),
+        dead = dead - (OLD.state IS 'dead'),
+        cancelled = cancelled - (OLD.state IS 'cancelled');
+    DELETE FROM attempts WHERE job = OLD.id;
+    DELETE FROM after WHERE job = OLD.id OR needs = OLD.id;
+    DELETE FROM unique_keys WHERE key = OLD."unique" AND job = OLD.id;
+END""",)
 
 # ---- Store --------------------------------------------------------------------------------------
 # The only SQL but for the schema. Writes are made inside `transaction()`, which has its turn under
@@ -1093,8 +1042,6 @@ MIGRATIONS = (
 # In brackets, not quotes: SQLite takes an unknown "column" for a text.
 COLUMNS = ", ".join("[%s]" % name for name in Job._fields)
 LOOK = COLUMNS.replace("[environ]", "NULL")  # it may be large, and is shown to nobody
-ATTEMPT = ("number worker started_at finished_at exit_code signal error serial output_cut"
-           " output_kept").split()
 
 # An open attempt with what is needed to run it and to judge it. started_at: ms; number: counts
 # over the job's life; command: None for a job deleted meanwhile
@@ -1106,6 +1053,9 @@ Claim = collections.namedtuple(
 def marks(values):
     """A place for each of `values` in SQL."""
     return ", ".join("?" * len(values))
+
+
+INSERT = "INSERT OR IGNORE INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields))
 
 
 def sqlite_uri(path, mode="rw"):
@@ -1126,40 +1076,31 @@ class Store:
         import threading
         self.sqlite3 = sqlite3
         self.place = place
-        self.path = ":memory:" if memory else place.db
+        self.path = place.db
         self.memory = memory
         self.patience_s = patience_s
         self.door = door
         self.mutex = threading.RLock()      # of the connection
         self.sync_mutex = threading.Lock()  # of the -wal; taken second where both are
-        self.inside = False                 # a transaction
         self.commits = 0                    # so many were made,
         self.synced = self.failed = 0       # so many are on the disk; the last of a sync that failed
-        self.connection = self.cursor = self.wal = self.turn = None
+        self.turn = None                    # None: closed, or in memory
+        self.connection = self.cursor = None
+        self.wal = self.file = None         # its descriptor; os.stat of the database
         self.broken = True                  # at first and after trouble: the next use opens anew
-        self.file = None                    # os.stat of the database
         self.serial = self.changes = None   # as in totals, when they were read
         self.settings = {}
-        self.paused = None                  # the reason of a pause
+        self.paused = None                  # the reason of a pause, never empty
         if not memory:
             place.check()
-            if place.exists() and not os.path.isdir(place.file("")):
-                self.recognise()
+            if place.exists() and os.stat(self.path).st_size and not os.path.isdir(place.file("")):
+                self.open_as("ro&immutable=1")  # refuse what is no queue's before anything is made
+                self.execute("SELECT id, command, state, run_after, started_at FROM jobs LIMIT 0")
+                self.disconnect()
             private_directory(place.file(""))
         self.query("SELECT 1")
 
     # -- opening
-
-    def recognise(self):
-        """Refuse a database that is no queue's, before anything is made beside it."""
-        if os.stat(self.path).st_size:
-            try:
-                connection = self.sqlite3.connect(sqlite_uri(self.path, "ro&immutable=1"), uri=True)
-                connection.execute("SELECT id, command, state, run_after, started_at FROM jobs"
-                                   " LIMIT 0").close()
-                connection.close()
-            except self.sqlite3.Error as error:
-                raise storage_error(self.path, error)
 
     def patiently(self, action):
         """Do it; while another process has the turn or the database, again, for some time."""
@@ -1176,63 +1117,64 @@ class Store:
         """(Re)open the connection, in turn: SQLite recovers then."""
         if self.turn is None and not self.memory:
             self.turn = Turn(self.place, self.patience_s, self.door)
-        with self.sync_mutex, self.in_turn():
+        with self.sync_mutex, self.turn or suppress():
             self.disconnect()
             try:
                 self.connect()
                 if self.failed > self.synced:  # what is on no disk yet
                     self.query("PRAGMA wal_checkpoint")
-            except BaseException as error:
+            except BaseException:
                 self.disconnect()
-                if isinstance(error, self.sqlite3.Error):
-                    raise storage_error(self.path, error)
                 raise
+
+    def open_as(self, mode):
+        """mode: as SQLite has it in URIs"""
+        try:
+            self.connection = self.sqlite3.connect(
+                sqlite_uri(self.path, mode), timeout=BUSY_S, isolation_level=None, uri=True,
+                check_same_thread=False)
+        except self.sqlite3.Error as error:
+            raise storage_error(self.path, error)
+        self.cursor, self.broken = self.connection.cursor(), False
 
     def connect(self):
         if not (self.memory or self.place.exists()):
-            os.close(open_private(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        self.connection = self.sqlite3.connect(
-            self.path if self.memory else sqlite_uri(self.path), timeout=BUSY_S,
-            isolation_level=None, uri=not self.memory, check_same_thread=False)
-        self.cursor, self.broken = self.connection.cursor(), False
+            os.close(open_private(self.path))
+        self.open_as("memory" if self.memory else "rw")
         version = self.value("PRAGMA user_version")
         if version > len(MIGRATIONS):
-            raise StorageError("%s was made by a newer queuectl (schema %d, this is %s with %d);"
-                               " use that one" % (self.path, version, VERSION, len(MIGRATIONS)))
-        if version == 0:
-            self.execute("PRAGMA page_size = 1024")  # a new file's: whole pages are written
+            raise StorageError("%s was made by a newer queuectl (schema %d) than this, %s; use that"
+                               " one" % (self.path, version, VERSION))
+        for pragma in ("page_size = 1024",  # a new file's: whole pages are written
+                       "synchronous = NORMAL", "wal_autocheckpoint = 4000",
+                       "journal_size_limit = 8388608", "temp_store = MEMORY"):
+            self.query("PRAGMA " + pragma)
         if self.value("PRAGMA journal_mode = WAL") not in ("wal", "memory"):
             raise StorageError("%s can't use WAL; check its file system" % self.path)
         if version < len(MIGRATIONS):
             self.migrate(version)
-        for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 4000",
-                       "journal_size_limit = 8388608", "temp_store = MEMORY"):
-            self.query("PRAGMA " + pragma)
         self.changes = None
         self.refresh()  # the first read, which opens -wal
         if not self.memory:
             self.file = os.lstat(self.path)
-            self.wal = os.open(self.path + "-wal", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self.wal = os.open(self.path + "-wal", os.O_RDWR)
 
     def migrate(self, version):
         """Bring the schema up to date, while no daemon runs."""
         try:
-            held = None if self.memory else self.place.hold_daemon(0)
+            lock = open(os.devnull if self.memory else self.place.hold_daemon(0))
         except Failure as error:
             raise StorageError("%s has an older schema, which only changes while no daemon runs;"
                                " restart it: queuectl daemon stop, worker start (%s)"
                                % (self.path, error))
-        try:
-            for number in range(version, len(MIGRATIONS)):
+        with lock:
+            for number, script in enumerate(MIGRATIONS[version:], version + 1):
                 self.execute("BEGIN IMMEDIATE")
-                for statement in MIGRATIONS[number]:
+                for statement in script.split("\n\n"):
                     self.execute(statement)
-                self.execute("PRAGMA user_version = %d" % (number + 1))
+                self.execute("PRAGMA user_version = %d" % number)
                 self.execute("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
                 self.execute("COMMIT")  # else `reopen` closes, which undoes it
-        finally:
-            if held is not None:
-                os.close(held)
 
     def disconnect(self):
         """Close what is open. The cursor first: while one lives, so do the connection's files."""
@@ -1247,7 +1189,7 @@ class Store:
     def close(self):
         """In turn: the last connection copies the -wal into the database and removes it. To use the
         Store again opens it again."""
-        with suppress(Busy), self.in_turn():
+        with suppress(Busy), self.turn or suppress():
             self.disconnect()
         self.disconnect()
         if self.turn:
@@ -1255,17 +1197,6 @@ class Store:
             self.turn = None
 
     # -- transactions
-
-    @contextmanager
-    def in_turn(self):
-        """Within the block the lock is ours."""
-        if self.turn:
-            self.turn.take()
-        try:
-            yield
-        finally:
-            if self.turn:
-                self.turn.release()
 
     @contextmanager
     def transaction(self):
@@ -1278,44 +1209,35 @@ class Store:
                 self.execute("COMMIT")
                 self.commits += 1
             except BaseException:
-                self.rollback()
+                self.undo()
                 raise
-            finally:
-                self.end()
+            self.turn.release()
 
     def begin(self):
         """Take the turn, then SQLite's own lock; if another program has that, let others go on."""
         if self.broken:
             self.reopen()
-        if self.turn:
-            self.turn.take()
+        self.turn.take()
         try:
-            self.inside = True
             self.execute("BEGIN IMMEDIATE")
             self.refresh()
         except BaseException:
-            self.rollback()
-            self.end()
+            self.undo()
             raise
 
-    def rollback(self):
-        """Undo; after trouble of SQLite's own the connection isn't used again."""
+    def undo(self):
+        """Roll back and end the turn; after trouble of SQLite's own the connection isn't used again."""
         try:
             if self.connection.in_transaction:
                 self.cursor.execute("ROLLBACK")
         except self.sqlite3.Error:
             self.broken = True
-
-    def end(self):
-        self.inside = False
-        if self.turn:
+        finally:
             self.turn.release()
 
     def check_file(self):
         """Raise unless the path still leads to the file that is open: SQLite writes on into a
         deleted one in silence."""
-        if self.file is None:
-            return
         with suppress(OSError):
             status = os.lstat(self.path)
             if os.path.samestat(status, self.file) and status.st_size:
@@ -1328,7 +1250,7 @@ class Store:
         that wait for it; its error refuses them all, since Linux tells it once."""
         wanted = self.commits
         with self.sync_mutex:
-            if self.memory or self.synced >= wanted > self.failed:
+            if self.synced >= wanted > self.failed:
                 return
             upto = self.commits
             try:
@@ -1347,23 +1269,31 @@ class Store:
         except self.sqlite3.Error as error:
             raise storage_error(self.path, error)
 
-    def execute_all(self, sql, rows):
-        try:
-            self.cursor.executemany(sql, rows)
-        except self.sqlite3.Error as error:
-            raise storage_error(self.path, error)
-
     def query(self, sql, values=()):
         """All rows: an open cursor would hide others' writes."""
         with self.mutex:
-            if self.broken and not self.inside:
+            if self.broken and not (self.connection and self.connection.in_transaction):
                 self.patiently(self.reopen)
-            return self.execute(sql, values).fetchall()
+            try:
+                return self.cursor.execute(sql, values).fetchall()
+            except self.sqlite3.Error as error:
+                raise storage_error(self.path, error)
 
     def value(self, sql, values=()):
         """The first column of the first row, or None."""
         rows = self.query(sql, values)
         return rows[0][0] if rows else None
+
+    def dicts(self, sql, values=()):
+        """All rows as {column: value}."""
+        with self.mutex:
+            rows = self.query(sql, values)
+            names = [column[0] for column in self.cursor.description]
+            return [dict(zip(names, row)) for row in rows]
+
+    def select_jobs(self, clauses, values):
+        """The Jobs that the clauses select."""
+        return map(Job._make, self.query("SELECT %s FROM jobs %s" % (LOOK, clauses), values))
 
     # -- settings, pause, answers
 
@@ -1374,12 +1304,11 @@ class Store:
         if changes == self.changes:
             return
         stored = dict(self.query("SELECT key, value FROM config WHERE value IS NOT NULL"))
-        self.paused = stored.pop("paused", None)
-        self.settings = {key: default for key, (default, _) in SETTINGS.items()}
+        settings = {key: default for key, (default, _) in SETTINGS.items()}
         for key, value in stored.items():
             with suppress(Failure):
-                self.settings[key] = read_setting(key, value)
-        self.changes = changes
+                settings[key] = read_setting(key, value)
+        self.settings, self.paused, self.changes = settings, stored.get("paused"), changes
 
     def configure(self, key, value):
         """Store a setting, as text by the column's type; None: its default."""
@@ -1391,16 +1320,9 @@ class Store:
         """The answer given to the change `once`, or None."""
         return self.value("SELECT answer FROM answers WHERE once = ?", (once,))
 
-    def remember(self, once, answer, served):
-        """Keep what was answered to the change `once` (None: to one that can't be asked again); a
-        daemon's are counted."""
-        if once:
-            self.execute("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
-            self.execute("DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?",
-                         (ANSWERS,))
-        if served:
-            self.execute("""UPDATE metrics SET total_commands = total_commands + 1
-                            WHERE id = (SELECT MAX(id) FROM metrics)""")
+    def remember(self, once, answer):
+        """Keep what was answered to the change `once` (None: to one that can't be asked again)."""
+        self.execute("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
 
     def note_startup(self, now):
         self.execute("INSERT INTO metrics (daemon_startup, total_commands) VALUES (?, 0)",
@@ -1408,17 +1330,10 @@ class Store:
 
     # -- jobs coming in
 
-    def insert(self, jobs):
-        """(new) -> pending. The caller has seen that the ids are free."""
-        self.execute_all("INSERT INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields)), jobs)
-        for job in jobs:
-            self.hold_key(job)
-
-    def hold_key(self, job):
-        """From now on the unique key that it has is its own."""
-        if job.unique:
-            self.execute("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
-                         (job.unique, job.id))
+    def insert(self, job):
+        """(new) -> pending. A Failure if the id is taken."""
+        if not self.execute(INSERT, job).rowcount:
+            raise Failure("job id %s is taken; choose another, or leave it out" % job.id)
 
     def holder(self, key):
         """The id of the unfinished job that holds the unique key, or None."""
@@ -1429,19 +1344,15 @@ class Store:
 
     def unchecked(self):
         """[(rowid, Job)] inserted by another program and not checked yet, some at a time."""
-        if not self.value("SELECT 1 FROM jobs WHERE due = 0 LIMIT 1"):
-            return []
         self.connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
-        try:
-            rows = self.query("SELECT rowid, %s FROM jobs WHERE due = 0 LIMIT ?" % LOOK, (STEP,))
-        finally:
-            self.connection.text_factory = str
+        rows = self.query("SELECT rowid, %s FROM jobs WHERE due = 0 LIMIT ?" % LOOK, (STEP,))
+        self.connection.text_factory = str
         return [(row[0], Job._make(row[1:])) for row in rows]
 
     def replace(self, rowid, job):
         """(new) -> pending, or whatever state another program gave its row."""
-        self.execute("UPDATE jobs SET %s WHERE rowid = ?" % ", ".join(
-            "[%s] = ?" % name for name in Job._fields), (*job, rowid))
+        self.execute("UPDATE jobs SET %s WHERE rowid = ?" % COLUMNS.replace("]", "] = ?"),
+                     (*job, rowid))
 
     # -- jobs coming due
 
@@ -1468,17 +1379,15 @@ class Store:
 
     def claimable(self, most):
         """How many jobs a worker could claim now, counted up to `most`."""
-        if self.paused is not None:
-            return 0
         return self.value("SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE ready = 1 LIMIT ?)",
-                          (most,))
+                          (0 if self.paused else most,))
 
     # -- attempts
 
     def claim(self, slot, boot, now, only=None):
         """pending or failed -> processing: the Claim of the first ready job by priority, then age
         (of the ids `only`: of one that is due, too), or None."""
-        if self.paused is not None:
+        if self.paused:
             return None
         rows = self.query("""SELECT rowid, id, runs + 1, attempts, max_retries, timeout, command,
                                     cwd, env, environ
@@ -1491,25 +1400,24 @@ class Store:
             "id IN (%s) AND (ready = 1 OR due > 0 AND due <= %d)" % (marks(only), now)), only or ())
         if not rows:
             return None
-        (rowid, job, number, *_), stamp, serial = rows[0], iso(now), self.serial + 1
+        (rowid, job, *_), stamp, serial = rows[0], iso(now), self.serial + 1
         self.execute("INSERT INTO running (slot, job, serial, boot, started_at) VALUES (?, ?, ?, ?, ?)",
                      (slot, job, serial, boot, now))
         self.execute("""UPDATE jobs
-                        SET state = 'processing', ready = NULL, due = NULL, serial = ?, runs = ?,
+                        SET state = 'processing', ready = NULL, due = NULL, serial = ?,
                             locked_at = ?, started_at = ?, updated_at = ?
-                        WHERE rowid = ?""", (serial, number, stamp, stamp, stamp, rowid))
+                        WHERE rowid = ?""", (serial, stamp, stamp, stamp, rowid))
         return Claim(serial, slot, boot, now, "", *rows[0][1:])
 
-    def open_claims(self, slot=None, job=None):
-        """The Claims of all open attempts, of the one in a slot, or of the one of a job."""
+    def open_claims(self, slot=None):
+        """The Claims of all open attempts, or of the one in a slot."""
         return [Claim._make(row) for row in self.query(
             """SELECT running.serial, running.slot, running.boot, running.started_at, running.wish,
-                      running.job, jobs.runs, COALESCE(jobs.attempts, 0), jobs.max_retries,
+                      running.job, jobs.runs + 1, COALESCE(jobs.attempts, 0), jobs.max_retries,
                       jobs.timeout, jobs.command, jobs.cwd, jobs.env, NULL
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
-               WHERE (:slot IS NULL OR running.slot = :slot)
-                 AND (:job IS NULL OR running.job = :job)""", {"slot": slot, "job": job})]
+               WHERE :slot IS NULL OR running.slot = :slot""", {"slot": slot})]
 
     def open_slots(self):
         """{slot: wish} of the open attempts."""
@@ -1520,80 +1428,73 @@ class Store:
         recorded."""
         return self.value("SELECT wish FROM running WHERE slot = ? AND serial = ?", (slot, serial))
 
-    def wish_end(self, wish, *, jobs=(), slots=()):
-        """Note the wish on the open attempts of these jobs, or in these slots. A cancel replaces a
-        give back, never the reverse."""
-        for column, values in (("job", jobs), ("slot", slots)):
-            self.execute_all("""UPDATE running SET wish = :wish
-                                WHERE %s = :of AND (wish = '' OR :wish = 'cancel')""" % column,
-                             [{"wish": wish, "of": value} for value in values])
+    def want_back(self, slots):
+        """Note on the open attempts in these slots that they are to be stopped and given back."""
+        for slot in slots:
+            self.execute("UPDATE running SET wish = 'give back' WHERE slot = ? AND wish = ''", (slot,))
 
     def raise_serial(self, serial):
         """Give no attempt a number up to `serial`."""
         self.execute("UPDATE totals SET serial = MAX(serial, ?)", (serial,))
 
     def finish(self, claim, verdict, outcome, worker):
-        """processing -> completed, failed, dead or cancelled, with the attempt's record. Whether the
-        job was still there: another program may have deleted it."""
+        """processing -> completed, failed, dead or cancelled, with the attempt's record; or, where it
+        does not count, back to pending or failed, ready at once. Whether the job was still there:
+        another program may have deleted it."""
         self.execute("DELETE FROM running WHERE slot = ?", (claim.slot,))
-        status, ended = outcome.status, iso(outcome.ended_at)
-        code = status if status is not None and status >= 0 and not outcome.reason else None
-        if not self.execute(
-                """UPDATE jobs
-                   SET state = ?, attempts = ?, due = ?, run_after = COALESCE(?, run_after),
-                       exit_code = ?, error = ?, finished_at = ?, updated_at = ?, locked_at = NULL,
-                       serial = NULL
-                   WHERE id = ? AND serial = ?""", (
-                    verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
-                    verdict.error, ended if verdict.state in FINISHED else None, ended, claim.job,
-                    claim.serial)).rowcount:
-            return False
-        self.execute("""INSERT INTO attempts (serial, job, number, worker, started_at, finished_at,
-                                              ms, exit_code, signal, error, dropped, output)
-                        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", (
-            claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended,
-            max(outcome.ended_at - claim.started_at, 0), code,
-            signal_name(-status) if status is not None and status < 0 else None, verdict.error,
-            outcome.dropped, outcome.output or None))
-        return True
+        status, ended, counts = outcome.status, iso(outcome.ended_at), verdict.attempts > claim.attempts
+        code = None if outcome.reason or (status or 0) < 0 else status
+        there = self.execute(
+            """UPDATE jobs
+               SET state = ?, attempts = ?, due = ?, run_after = COALESCE(?, run_after),
+                   ready = NULLIF(1, ?), runs = runs + ?,
+                   exit_code = CASE WHEN ? THEN ? ELSE exit_code END,
+                   error = CASE WHEN ? THEN ? ELSE error END, finished_at = ?, updated_at = ?,
+                   locked_at = NULL, serial = NULL
+               WHERE id = ? AND serial = ?""", (
+                verdict.state, verdict.attempts, verdict.due, iso(verdict.due), counts, counts,
+                counts, code, counts, verdict.error, ended if verdict.state in FINISHED else None,
+                ended, claim.job, claim.serial)).rowcount
+        if there and counts:
+            self.execute(
+                """INSERT INTO attempts (serial, job, number, worker, started_at, finished_at, ms,
+                                         exit_code, signal, error, dropped, output)
+                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", (
+                    claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended,
+                    max(outcome.ended_at - claim.started_at, 0), code,
+                    signal_name(-status) if (status or 0) < 0 else None, verdict.error,
+                    outcome.dropped, outcome.output or None))
+        return there
 
-    def give_back(self, claim, verdict, now):
-        """processing -> pending or failed, as it was: the attempt does not count."""
-        self.execute("DELETE FROM running WHERE slot = ?", (claim.slot,))
-        self.execute("""UPDATE jobs
-                        SET state = ?, ready = 1, runs = runs - 1, updated_at = ?,
-                            locked_at = NULL, serial = NULL
-                        WHERE id = ? AND serial = ?""",
-                     (verdict.state, iso(now), claim.job, claim.serial))
-
-    def cancel(self, job_id, now):
-        """pending or failed -> cancelled."""
+    def cancel(self, job, now):
+        """pending or failed -> cancelled; a running one is to be stopped, and then recorded so."""
         stamp = iso(now)
+        self.execute("UPDATE running SET wish = 'cancel' WHERE job = ?", (job.id,))
         self.execute("""UPDATE jobs
                         SET state = 'cancelled', error = 'cancelled', ready = NULL, due = NULL,
                             finished_at = ?, updated_at = ?
-                        WHERE id = ? AND state IN ('pending', 'failed')""", (stamp, stamp, job_id))
+                        WHERE id = ? AND state IN ('pending', 'failed')""", (stamp, stamp, job.id))
 
     def requeue(self, job, now):
         """Any end -> pending, its attempts back at 0 and, where it brought none of its own, the
-        present settings."""
-        stamp = iso(now)
-        self.execute("""UPDATE jobs
-                        SET state = 'pending', attempts = 0, ready = 1, due = NULL, run_after = ?,
-                            updated_at = ?, finished_at = NULL, exit_code = NULL, error = NULL,
-                            timeout = ?, max_retries = ?
-                        WHERE id = ? AND state NOT IN ('pending', 'processing')""", (
-            stamp, stamp, job.timeout if job.own & OWN_TIMEOUT else self.settings["timeout"],
-            job.max_retries if job.own & OWN_RETRIES else self.settings["max-retries"], job.id))
-        self.hold_key(job)
-
-    def hasten(self, job_id, now):
-        """A failed job is tried now."""
+        present settings; a failed job is tried now. A Failure if another holds its unique key."""
+        holder = job.unique and self.holder(job.unique)
+        if holder not in (None, job.id):
+            raise Failure("job %s can't be retried: its unique key is held by job %s; wait for that,"
+                          " or cancel it" % (job.id, holder))
         self.execute("""UPDATE jobs SET ready = 1, due = NULL, run_after = ?
-                        WHERE id = ? AND state = 'failed'""", (iso(now), job_id))
+                        WHERE id = ? AND state NOT IN ('pending', 'processing')""", (iso(now), job.id))
+        self.execute("""UPDATE jobs
+                        SET state = 'pending', attempts = 0, updated_at = run_after,
+                            finished_at = NULL, exit_code = NULL, error = NULL,
+                            timeout = CASE WHEN own & ? THEN timeout ELSE ? END,
+                            max_retries = CASE WHEN own & ? THEN max_retries ELSE ? END
+                        WHERE id = ? AND state IN ('completed', 'dead', 'cancelled')""", (
+            OWN["timeout"], self.settings["timeout"], OWN["max_retries"], self.settings["max-retries"], job.id))
 
     def delete(self, ids):
-        self.execute_all("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in ids])
+        for job_id in ids:
+            self.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
     def expired(self, now):
         """The ids of completed jobs older than the `retention`, some at a time."""
@@ -1601,66 +1502,56 @@ class Store:
         return [row[0] for row in self.query(
             """SELECT id FROM jobs INDEXED BY jobs_finished
                WHERE state = 'completed' AND finished_at < ? LIMIT ?""",
-            (iso(max(now - max(kept, KEEP_MS), 0)), STEP))] if kept else []
+            (kept and iso(now - max(kept, KEEP_MS)), STEP))]  # 0: no date is before that
 
     # -- looking: needs no turn
 
     def job(self, job_id):
         """The Job, or None."""
-        rows = self.query("SELECT %s FROM jobs WHERE id = ?" % LOOK, (job_id,))
-        return Job._make(rows[0]) if rows else None
+        return next(self.select_jobs("WHERE id = ?", (job_id,)), None)
 
     def ids_like(self, prefix):
         """The ids, two at the most, that begin with `prefix`; an exact one alone."""
-        if self.job(prefix):
-            return [prefix]
-        return [row[0] for row in self.query("SELECT id FROM jobs WHERE id >= ? AND id < ? LIMIT 2",
-                                             (prefix, prefix + "\U0010ffff"))]
+        return [row[0] for row in self.query(
+            """SELECT id FROM jobs
+               WHERE id >= :from AND id < :to
+                 AND (id = :from OR NOT EXISTS (SELECT 1 FROM jobs WHERE id = :from))
+               LIMIT 2""", {"from": prefix, "to": prefix + "􏿿"})]
 
     def select(self, states=(), match=None, before=None, limit=-1):
         """The rowids, oldest first, of the jobs in these states (none given: in all), with `match`
         in their id or command, that ended before a date: the newest `limit` of them."""
         import array
-        where, values = ["1"], []
-        for given, condition, more in (
-                (states, "state IN (%s)" % marks(states), states),
-                (match, "(instr(id, ?) OR instr(command, ?))", [match] * 2),
-                (before, "finished_at <= ?", [before])):
-            if given:
-                where.append(condition)
-                values.extend(more)
+        sql = """SELECT rowid FROM jobs
+                 WHERE (:match IS NULL OR instr(id, :match) OR instr(command, :match))
+                   AND (:before IS NULL OR finished_at <= :before) %s
+                 ORDER BY rowid DESC LIMIT :limit""" % (
+            "AND state IN (:%s)" % ", :".join(states) if states else "")
+        values = dict(zip(states, states), match=match, before=before, limit=limit)
         with self.mutex:
-            found = array.array("q", (row[0] for row in self.execute(
-                "SELECT rowid FROM jobs WHERE %s ORDER BY rowid DESC LIMIT ?" % " AND ".join(where),
-                values + [limit])))
-        found.reverse()
-        return found
+            return array.array("q", (row[0] for row in self.execute(sql, values)))[::-1]
 
-    def jobs(self, rowids):
-        """The Jobs in these rows, page by page; those deleted meanwhile are left out."""
-        for at in range(0, len(rowids), PAGE):
-            page = rowids[at:at + PAGE].tolist()
-            for row in self.query("SELECT %s FROM jobs WHERE rowid IN (%s) ORDER BY rowid"
-                                  % (LOOK, marks(page)), page):
-                yield Job._make(row)
-
-    def ends(self, ids):
-        """[(id, state, exit_code, error)] of those of the jobs that exist."""
-        return [row for at in range(0, len(ids), PAGE) for row in self.query(
-            "SELECT id, state, exit_code, error FROM jobs WHERE id IN (%s)"
-            % marks(ids[at:at + PAGE]), ids[at:at + PAGE])]
+    def jobs(self, keys, column="rowid"):
+        """The Jobs with these rowids, or ids, oldest first, page by page; those that there are."""
+        for at in range(0, len(keys), PAGE):
+            page = keys[at:at + PAGE]
+            yield from self.select_jobs("WHERE %s IN (%s) ORDER BY rowid" % (column, marks(page)), page)
 
     def last_deaths(self, limit):
         """The Jobs that died last, latest first."""
-        return map(Job._make, self.query(
-            "SELECT %s FROM jobs INDEXED BY jobs_finished WHERE state = 'dead'"
-            " ORDER BY finished_at DESC LIMIT ?" % LOOK, (limit,)))
+        return self.select_jobs("""INDEXED BY jobs_finished WHERE state = 'dead'
+                                   ORDER BY finished_at DESC LIMIT ?""", (limit,))
 
     def next_retries(self, limit):
         """The failed Jobs that are tried next."""
-        return map(Job._make, self.query(
-            "SELECT %s FROM jobs INDEXED BY jobs_due WHERE due > 0 AND +state = 'failed'"
-            " ORDER BY due LIMIT ?" % LOOK, (limit,)))
+        return self.select_jobs("""INDEXED BY jobs_due WHERE due > 0 AND +state = 'failed'
+                                   ORDER BY due LIMIT ?""", (limit,))
+
+    def rate(self, now):
+        """Jobs that ended in the last 10 s, per second."""
+        return self.value("""SELECT COUNT(*) / 10.0 FROM jobs INDEXED BY jobs_finished
+                             WHERE state IN ('completed', 'dead') AND finished_at > ?""",
+                          (iso(now - 10000),))
 
     def unsettled(self, now):
         """Whether jobs run, are ready or wait for another try; not for the time a user gave."""
@@ -1668,17 +1559,20 @@ class Store:
                                  OR (? AND EXISTS (SELECT 1 FROM jobs WHERE ready = 1))
                                  OR EXISTS (SELECT 1 FROM jobs WHERE due >= 0 AND due <= ?)
                                  OR EXISTS (SELECT 1 FROM jobs WHERE state = 'failed')""",
-                          (self.paused is None, now)) == 1
+                          (not self.paused, now))
 
     def attempts(self, job_id):
         """[dict] of the job's attempts, first to last; an open one has no finished_at."""
-        rows = self.query(
+        return self.dicts(
             """SELECT number, worker, started_at, finished_at, exit_code, signal, error, serial,
-                      dropped, COALESCE(length(output), 0)
-               FROM attempts WHERE job = ? ORDER BY serial""", (job_id,))
-        rows += [(claim.number, None, iso(claim.started_at), None, None, None, None, claim.serial, 0,
-                  None) for claim in self.open_claims(job=job_id)]
-        return [dict(zip(ATTEMPT, row)) for row in rows]
+                      dropped AS output_cut, COALESCE(length(output), 0) AS output_kept
+               FROM attempts WHERE job = :job
+               UNION ALL
+               SELECT jobs.runs + 1, NULL, jobs.started_at, NULL, NULL, NULL, NULL, jobs.serial, 0,
+                      NULL
+               FROM running JOIN jobs ON jobs.id = running.job AND jobs.serial = running.serial
+               WHERE running.job = :job
+               ORDER BY serial""", {"job": job_id})
 
     def output(self, serial, start):
         """What is kept of a closed attempt's output, from byte `start` on."""
@@ -1686,36 +1580,41 @@ class Store:
                                 (start + 1, serial)) or b"")
 
     def totals(self):
-        """{column: number} of the table totals: jobs by state, and what was counted so far."""
-        with self.mutex:
-            rows = self.query("SELECT * FROM totals")
-            return dict(zip((column[0] for column in self.cursor.description), rows[0]))
+        """{name: number}: how many jobs there are by state, and what `metrics` tells of all so far;
+        run times in s, of completed jobs."""
+        return self.dicts(
+            """SELECT pending, processing, completed, failed, dead, cancelled,
+                      pending + processing + completed + failed + dead + cancelled AS total_jobs,
+                      completed AS completed_jobs, dead AS dead_jobs,
+                      jobs_enqueued, jobs_completed, jobs_died, failed_attempts,
+                      runtime_ms / 1000.0 AS total_runtime,
+                      round(runtime_ms / 1000.0 / MAX(jobs_completed, 1), 3) AS average_runtime,
+                      longest_ms / 1000.0 AS max_runtime,
+                      (SELECT COALESCE(SUM(total_commands), 0) FROM metrics) AS total_commands
+               FROM totals""")[0]
 
     def counts(self):
         """{state: number of jobs}"""
         totals = self.totals()
         return {state: totals[state] for state in STATES if totals[state] or state != "cancelled"}
 
-    def total_commands(self):
-        return self.value("SELECT SUM(total_commands) FROM metrics") or 0
-
     def size(self):
-        """Bytes on the disk, with what waits in the WAL."""
-        total = 0
-        for name in (self.path, self.path + "-wal"):
-            with suppress(OSError):
-                total += os.lstat(name).st_size
-        return total
+        """Bytes of the database, with what waits in the WAL."""
+        return 0 if self.memory else self.value("PRAGMA page_count") * self.value("PRAGMA page_size")
 
     def ready_since(self, now):
         """ms since when the one of the ready jobs that waits longest could have started, or None.
         No index has these times: the first in line are looked at."""
-        since = self.value("""SELECT MIN(MAX(created_at, run_after))
-                              FROM (SELECT created_at, run_after FROM jobs
-                                    WHERE ready = 1 ORDER BY priority DESC, rowid LIMIT ?)""",
-                           (LOOKED_AT,))
-        due = self.next_due()
-        return min(([parse_date(since)] if since else []) + [due] * (due <= now), default=None)
+        since = self.value(
+            """SELECT MIN(since)
+               FROM (SELECT MAX(created_at, run_after) AS since
+                     FROM (SELECT created_at, run_after FROM jobs
+                           WHERE ready = 1 ORDER BY priority DESC, rowid LIMIT :most)
+                     UNION ALL
+                     SELECT run_after FROM (SELECT run_after FROM jobs WHERE due > 0 AND due <= :now
+                                            ORDER BY due LIMIT 1))""",
+            {"most": LOOKED_AT, "now": now})
+        return since and parse_date(since)
 
     def completed_at(self, name, since):
         """ms of the last completion, since then, of a job whose id begins with `name` or whose
@@ -1745,12 +1644,11 @@ class Store:
         for kind, name, sql in self.query("""SELECT type, name, sql FROM main.sqlite_master
                                              WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_stat*'
                                              ORDER BY type = 'table' DESC, rowid"""):
-            quoted = '"%s"' % name.replace('"', '""')
             if name != "sqlite_sequence":  # there as soon as it is needed
-                self.query(re.sub(r"^(CREATE (TABLE|UNIQUE INDEX|INDEX|TRIGGER)) ", r"\1 copy.", sql))
+                self.query(re.sub("^(CREATE (UNIQUE )?[A-Z]+) ", r"\1 copy.", sql))
             if kind == "table":
-                self.query("DELETE FROM copy." + quoted)  # sqlite_sequence counted along
-                self.query("INSERT INTO copy.%s SELECT * FROM main.%s" % (quoted, quoted))
+                self.query("DELETE FROM copy.[%s]" % name)  # sqlite_sequence counted along
+                self.query("INSERT INTO copy.[%s] SELECT * FROM main.[%s]" % (name, name))
         self.query("PRAGMA copy.user_version = %d" % len(MIGRATIONS))
         self.query("COMMIT")
         if self.query("PRAGMA copy.integrity_check") != [("ok",)]:
@@ -1760,48 +1658,12 @@ class Store:
 
 # ---- Requests -----------------------------------------------------------------------------------
 # What a request does, the same in the daemon's server and in a command: plain values in, an answer
-# out. What changes the queue runs inside a transaction. And the looks that the wire knows.
-
-# now: ms; served: whether a daemon performs it
-Context = collections.namedtuple("Context", "store now served")
-OPERATIONS = {}  # "dlq retry" -> (whether it changes the queue, function, names of its arguments)
-
-
-def operation(name, *, changes=True):
-    """Register what a request does; a `value` by itself is its first argument."""
-    def register(function):
-        code = function.__code__
-        OPERATIONS[name] = changes, function, code.co_varnames[1:code.co_argcount]
-        return function
-    return register
+# out. What changes the queue runs inside a transaction. Each takes the Store, the time in ms, and
+# what the request says; commands call the looks that the wire knows too.
 
 
 def reply(message, **more):
     return dict(success=True, message=message, **more)
-
-
-def resolve(request):
-    """(whether it changes the queue, function, {argument: value}) that a request stands for."""
-    if not isinstance(request, dict):
-        raise Failure('a request is an object like {"command":"status"}')
-    command, option, flag, value = map(request.get, ("command", "option", "flag", "value"))
-    if command == "config" and flag:  # as the original has it
-        option, flag, value = option or "set", None, {"key": flag, "value": value}
-    name = ("%s %s" % (command, option or "")).strip()
-    versions = "the daemon is queuectl %s, the request is of %s" % (
-        VERSION, str(request.get("version", "an unknown one"))[:20])
-    if name not in OPERATIONS:
-        raise Failure("unknown command %s (%s); known are %s" % (
-            name[:80], versions, ", ".join(sorted(OPERATIONS))))
-    changes, function, known = OPERATIONS[name]
-    if flag is not None:
-        value = {str(flag).lstrip("-").replace("-", "_"): value}
-    elif not isinstance(value, dict):
-        value = {(known + ("value",))[0]: value}
-    given = {name: one for name, one in value.items() if one is not None}
-    if not set(known).issuperset(given):
-        raise Failure("%s takes no %s (%s)" % (name, ", ".join(set(given) - set(known))[:80], versions))
-    return changes, function, given
 
 
 # -- what happens to jobs
@@ -1820,305 +1682,250 @@ def on_job_death(store, job_id, now):
     job = store.job(job_id) if line else None
     if job is None or job.own & ON_DEAD:
         return None
-    command = job.command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")
     new = make_job({"command": line, "env": {
-        "QUEUECTL_DEAD_ID": job.id, "QUEUECTL_DEAD_ERROR": job.error or "",
-        "QUEUECTL_DEAD_COMMAND": command.replace("\0", "")}}, store.settings, now, new_ids(now)[0])
-    store.insert([new._replace(own=ON_DEAD)])
+        "QUEUECTL_DEAD_ID": job.id, "QUEUECTL_DEAD_ERROR": job.error,
+        "QUEUECTL_DEAD_COMMAND": job.command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")}},
+        store.settings, now, new_ids(now)[0])
+    store.insert(new._replace(own=ON_DEAD))
     return new.id
 
 
 def check_inserted(store, now):
-    """Make rows that another program inserted jobs like any other; the number of them. One whose id
-    has an open attempt waits until that is recorded."""
-    count = 0
-    for rowid, row in store.unchecked():
+    """Make rows that another program inserted jobs like any other; the number of them."""
+    rows = store.unchecked()
+    for rowid, row in rows:
         job = job_of_others(row, store.settings, now)
-        if job.id != row.id and store.job(job.id):
+        if job.id != row.id:  # none that a job can have
             job = job._replace(id=new_ids(now)[0])
-        if not store.open_claims(job=job.id):
-            store.replace(rowid, job)
-            count += 1
-            if job.state == "dead" != row.state:
-                on_job_death(store, job.id, now)
-    return count
-
-
-def perform(store, request, served=False, committed=lambda: None):
-    """The answer to a request; Failure if it is refused. A change that was made before is only
-    answered again. `committed()` is called once it is made, before it is on the disk."""
-    changes, function, arguments = resolve(request)
-    if not changes:
-        with store.mutex:
-            store.refresh()
-        return function(Context(store, now_ms(), served), **arguments)
-    once = request.get("once") if is_text(request.get("once")) else None
-    with store.transaction():
-        answer = once and store.recall(once)
-        if not answer:
-            context = Context(store, now_ms(), served)
-            check_inserted(store, context.now)
-            answer = compact(function(context, **arguments))
-            store.remember(once, answer, served)
-    committed()
-    store.sync()
-    return json.loads(answer)
+        store.replace(rowid, job)
+        if job.state == "dead" != row.state:
+            on_job_death(store, job.id, now)
+    return len(rows)
 
 
 def record(store, claim, outcome, worker, now):
-    """Store what became of an attempt: (Verdict, id of the job enqueued by a death or None); None
-    if it was recorded before."""
+    """Store what became of an attempt: (Verdict, id of the job enqueued by a death); None if it was
+    recorded before."""
     wish = store.wish(claim.slot, claim.serial)
     if wish is None:
         return None
-    spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1 if store.settings["jitter"] else 0
+    spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
     verdict = decide(claim._replace(wish=wish), outcome, store.settings, now, spread)
-    if outcome.reason in GIVEN_BACK and verdict.state in ("pending", "failed"):
-        store.give_back(claim, verdict, now)
-        return verdict, None
     there = store.finish(claim, verdict, outcome, worker)
-    return verdict, (on_job_death(store, claim.job, now)
-                     if there and verdict.state == "dead" else None)
+    return verdict, there and verdict.state == "dead" and on_job_death(store, claim.job, now)
 
 
 # -- changes
 
-def hindrances(context):
-    """What an answer tells of that keeps a new job from running: "paused", or "workers" 0."""
-    store = context.store
-    if store.paused is not None:
-        return {"paused": store.paused}
-    return {"workers": 0} if context.served and not store.settings["workers"] else {}
-
-
-def store_jobs(context, given, cwd, environ=None):
-    """Store the jobs that these objects make, all or none: ([id, or that of the unfinished job
-    which holds its unique key], how many are new). A Failure's `index` tells which is wrong."""
-    store, spare_ids = context.store, new_ids(context.now, len(given))
-    new, told, keys = {}, [], {}
+def enqueue_batch(store, now, jobs=(), cwd=None, environ=None):
+    """Store all of the jobs, given as objects, or none. `ids` are theirs, or those of the unfinished
+    jobs that hold their unique keys; a Failure's `index` tells which is wrong; `paused` and
+    `workers` what may keep new jobs from running."""
+    if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
+        raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
     cwd = cwd and checked("cwd", as_cwd, cwd)
-    for index, fields in enumerate(given):
+    environ = environ and checked("environ", as_env, environ)
+    ids, held = new_ids(now, len(jobs)), 0
+    for index, given in enumerate(jobs):
         try:
-            job = make_job(fields, store.settings, context.now, spare_ids[index])
-            holder = job.unique and (keys.get(job.unique) or store.holder(job.unique))
-            if not holder and (job.id in new or fields.get("id") and store.job(job.id)):
-                raise Failure("job id %s is taken; choose another, or leave it out" % job.id)
+            job = make_job(given, store.settings, now, ids[index])
+            holder = job.unique and store.holder(job.unique)
+            if holder:
+                held += 1
+            else:
+                store.insert(job._replace(cwd=job.cwd or cwd, environ=environ))
+            ids[index] = holder or job.id
         except Failure as error:
             error.details["index"] = index
             raise
-        told.append(holder or job.id)
-        if not holder:
-            new[job.id] = job._replace(cwd=job.cwd or cwd, environ=environ)
-            keys[job.unique] = job.id
-    store.insert(list(new.values()))
-    return told, len(new)
+    count = len(ids) - held
+    return reply("Enqueued %s" % plural(count, "job"), ids=ids, count=count, paused=store.paused,
+                 workers=store.settings["workers"])
 
 
-@operation("enqueue")
-def op_enqueue(context, job=None, cwd=None, environ=None):
+def enqueue(store, now, job=None, cwd=None, environ=None):
     """Store one job, given as JSON text or as an object."""
     given = decode_json(job, "the job") if isinstance(job, str) else job
-    environ = environ and checked("environ", as_environ, environ)
-    (job_id,), stored = store_jobs(context, [given], cwd, environ)
-    return reply("Job enqueued" if stored else "Job already queued", id=job_id,
-                 **hindrances(context))
+    answer = enqueue_batch(store, now, [given], cwd, environ)
+    (job_id,), stored = answer.pop("ids"), answer.pop("count")
+    return dict(answer, message="Job enqueued" if stored else "Job already queued", id=job_id)
 
 
-@operation("enqueue batch")
-def op_enqueue_batch(context, jobs=(), cwd=None):
-    """Store all of the jobs, or none."""
-    if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
-        raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
-    told, stored = store_jobs(context, jobs, cwd)
-    return reply("Enqueued %s" % plural(stored, "job"), ids=told, count=stored,
-                 **hindrances(context))
+def for_each(act, states, done):
+    """The change that makes act(store, job, now) of jobs in these states: of all that are named or
+    of none; with `skip`, those that it refuses by a Failure are left out."""
+    def change(store, now, ids=(), skip=False):
+        ids, refused = [ids] if isinstance(ids, str) else ids, []
+        if not isinstance(ids, list) or not 0 < len(ids) <= MAX_NAMED:
+            raise Failure("name the jobs, 1 to %d of them" % MAX_NAMED)
+        ids = list(dict.fromkeys(map(str, ids)))
+        for job_id in ids:
+            try:
+                job = known_job(store, job_id)
+                if job.state not in states:
+                    raise Failure("job %s is %s, not %s; see: queuectl show %s" % (
+                        job_id, job.state, " or ".join(states), job_id))
+                act(store, job, now)
+            except Failure as error:
+                if not skip or isinstance(error, StorageError):
+                    raise
+                refused.append(str(error))
+        count = len(ids) - len(refused)
+        named = "Job " + ids[0] if count == len(ids) == 1 else plural(count, "job")
+        return reply("%s %s" % (named, done), count=count, refused=refused)
+    return change
 
 
-def expect(job, states):
-    if job.state not in states:
-        raise Failure("job %s is %s, not %s; see: queuectl show %s" % (job.id, job.state,
-                                                              " or ".join(states), job.id))
-
-
-def job_change(name, done):
-    """Register what a function does to one job as a change to many: to all that are named or to
-    none; with `skip`, those that it refuses by a Failure are left out."""
-    def register(act):
-        @operation(name)
-        def change(context, ids=(), skip=False):
-            ids, changed, refused = [ids] if isinstance(ids, str) else ids, [], []
-            if not isinstance(ids, list) or not 0 < len(ids) <= MAX_NAMED:
-                raise Failure("name the jobs, 1 to %d of them" % MAX_NAMED)
-            for job_id in dict.fromkeys(map(str, ids)):
-                try:
-                    act(context, known_job(context.store, job_id))
-                    changed.append(job_id)
-                except Failure as error:
-                    if not skip or isinstance(error, StorageError):
-                        raise
-                    refused.append(str(error))
-            named = "Job " + changed[0] if len(changed) == 1 else plural(len(changed), "job")
-            return reply("%s %s" % (named, done), count=len(changed), refused=refused)
-        return act
-    return register
-
-
-def requeue(context, job):
-    """Put a job that has ended back, unless another holds its unique key."""
-    holder = job.unique and context.store.holder(job.unique)
-    if holder:
-        raise Failure("job %s can't be retried: its unique key is held by job %s; wait for that, or"
-                      " cancel it" % (job.id, holder))
-    context.store.requeue(job, context.now)
-
-
-@job_change("dlq retry", "added to queue")
-def retry_dead(context, job):
-    expect(job, ("dead",))
-    requeue(context, job)
-
-
-@job_change("retry", "added to queue")
-def retry(context, job):
-    """One that has ended runs again, a failed one now; one that waits or runs is left alone."""
-    if job.state in FINISHED:
-        requeue(context, job)
-    elif job.state == "failed":
-        context.store.hasten(job.id, context.now)
-
-
-@job_change("cancel", "cancelled")
-def cancel(context, job):
-    expect(job, UNFINISHED)
-    context.store.wish_end("cancel", jobs=[job.id])
-    context.store.cancel(job.id, context.now)
-
-
-@job_change("delete", "deleted")
-def delete(context, job):
-    expect(job, FINISHED)
-    context.store.delete([job.id])
-
-
-@operation("pause")
-def op_pause(context, reason=""):
+def pause(store, now, reason=""):
     """Start nothing new until `resume`."""
-    context.store.configure("paused", checked("reason", as_text, reason) or "paused")
+    store.configure("paused", checked("reason", as_text, reason) or "paused")
     return reply("Queue paused")
 
 
-@operation("resume")
-def op_resume(context):
-    paused = context.store.paused is not None
-    context.store.configure("paused", None)
-    return reply("Queue resumed" if paused else "Queue was not paused")
+def resume(store, now):
+    store.configure("paused", None)
+    return reply("Queue resumed")
 
 
-@operation("config set")
-def op_config_set(context, key=None, value=None):
-    text = value if isinstance(value, str) else compact(value)
+def set_setting(store, now, key=None, value=None):
+    text = str(value)
     stored = read_setting(key, text)
-    context.store.configure(key, None if text.strip() == "default" else stored)
+    store.configure(key, None if text.strip() == "default" else stored)
     return reply("Updated %s to %s" % (key, text), value=stored)
 
 
-@operation("worker start")
-def op_worker_start(context, count=1):
+def start_workers(store, now, count=1):
     """Want so many workers more. Without a daemon nobody would start them."""
-    count, wanted = checked("count", as_count, count), context.store.settings["workers"]
-    if not context.served:
-        raise NoDaemon(context.store.path)
+    count, wanted = checked("count", as_count, count), store.settings["workers"]
+    if store.place.daemon().get("stopping", True):
+        raise NoDaemon(store.path)
     if wanted + count > MAX_WORKERS:
         raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted))
-    context.store.configure("workers", wanted + count)
-    return reply("Started %s" % plural(count, "worker"), wanted=wanted + count)
+    store.configure("workers", wanted + count)
+    return reply("Started %s" % plural(count, "worker"))
 
 
-@operation("worker stop")
-def op_worker_stop(context, count=None, now=False):
-    """Want so many workers fewer (None: none at all); `now`: their jobs are to be given back."""
-    store = context.store
+def stop_workers(store, now, count=None, at_once=False):
+    """Want so many workers fewer (None: none at all); `at_once`: their jobs are to be given back."""
     wanted = store.settings["workers"]
-    fewer = wanted if count is None else min(checked("count", as_count, count), wanted)
-    store.configure("workers", wanted - fewer)
-    busy = [claim for claim in store.open_claims() if wanted - fewer < claim.slot <= MAX_WORKERS]
-    if now:
-        store.wish_end("give back", slots=[claim.slot for claim in busy])
-    return reply("Stopped " + ("workers" if count is None else plural(fewer, "worker")),
-                 jobs=[claim.job for claim in busy])
+    left = 0 if count is None else max(wanted - checked("count", as_count, count), 0)
+    store.configure("workers", left)
+    busy = {claim.slot: claim.job for claim in store.open_claims() if left < claim.slot <= MAX_WORKERS}
+    if at_once:
+        store.want_back(busy)
+    return reply("Stopped " + ("workers" if count is None else plural(wanted - left, "worker")),
+                 jobs=list(busy.values()))
 
 
 # -- looks
 
-def status_of(store):
+def status_of(store, now):
     """{"jobs", "workers"}, and "paused" in a pause."""
     told = {"jobs": store.counts(), "workers": len(store.place.slots())}
-    return told if store.paused is None else dict(told, paused=store.paused)
+    return dict(told, paused=store.paused) if store.paused else told
 
 
 def workers_of(store, now):
     """[dict] of the workers; `since`: of its job, or since when it is idle."""
-    claims, found = {claim.slot: claim for claim in store.open_claims()}, []
+    busy, found = {claim.slot: (claim.job, claim.number, claim.started_at)
+                   for claim in store.open_claims()}, []
     for slot in store.place.slots():
-        note, claim = store.place.note_of(slot), claims.get(slot)
+        note = store.place.note_of(slot)
+        job, attempt, since = busy.get(slot, (None, None, note.get("at", now)))
         leaving = store.settings["workers"] < slot <= MAX_WORKERS
-        found.append({"pid": note.get("pid"),
-                      "state": "leaving" if leaving else "busy" if claim else "idle",
-                      "job": claim and claim.job, "attempt": claim and claim.number,
-                      "since": iso(claim.started_at if claim else note.get("at", now))})
+        found.append({"pid": note.get("pid"), "job": job, "attempt": attempt, "since": iso(since),
+                      "state": "leaving" if leaving else "busy" if job else "idle"})
     return found
 
 
 def metrics_of(store, now):
     """{name: number} of what was counted, and of what is now."""
-    totals, counts, daemon = store.totals(), store.counts(), store.place.daemon()
-    uptime_s = max(now - daemon.get("since", now), 0) // 1000
-    runtime = totals["runtime_ms"] / 1000.0
-    return dict(
-        {name: totals[name] for name in ("jobs_enqueued", "jobs_completed", "jobs_died",
-                                         "failed_attempts")},
-        total_jobs=sum(counts.values()), completed_jobs=counts["completed"],
-        uptime="%d min" % (uptime_s // 60), total_commands=store.total_commands(),
-        average_runtime=round(runtime / max(totals["jobs_completed"], 1), 3),
-        max_runtime=totals["longest_ms"] / 1000.0, dead_jobs=counts["dead"],
-        workers_running=len(store.place.slots()), jobs=counts, uptime_s=uptime_s,
-        total_runtime=runtime, database_bytes=store.size())
+    totals, uptime_s = store.totals(), (now - store.place.daemon().get("since", now)) // 1000
+    return dict({name: totals[name] for name in totals if name not in STATES},
+                jobs=store.counts(), uptime="%d min" % (uptime_s // 60), uptime_s=uptime_s,
+                workers_running=len(store.place.slots()), database_bytes=store.size())
 
 
-@operation("status", changes=False)
-def op_status(context):
-    return reply(status_of(context.store))
-
-
-@operation("list", changes=False)
-def op_list(context, state=None):
+def list_jobs(store, now, state=None):
     """All jobs, or those in a state, as an iterator: they are sent piece by piece."""
-    store, states = context.store, [checked("state", one_of, state, STATES)] if state else ()
-    return reply(job.public() for job in store.jobs(store.select(states)))
-
-
-@operation("dlq list", changes=False)
-def op_dlq_list(context):
-    return op_list(context, "dead")
-
-
-@operation("metrics", changes=False)
-def op_metrics(context):
-    return reply(metrics_of(context.store, context.now))
+    states = [checked("state", one_of(*STATES), state)] if state else ()
+    return (job.public() for job in store.jobs(store.select(states)))
 
 
 def about_daemon(store, now):
     """What `daemon status` tells; Failure without one."""
     daemon = store.place.daemon()
     if not daemon:
-        raise NoDaemon(store.place.db)
-    return dict(daemon, db=utf8(store.path), uptime_s=max(now - daemon["since"], 0) // 1000,
+        raise NoDaemon(store.path)
+    return dict(daemon, db=utf8(store.path), uptime_s=(now - daemon["since"]) // 1000,
                 workers=len(store.place.slots()), wanted=store.settings["workers"])
 
 
-@operation("daemon status", changes=False)
-def op_daemon_status(context):
-    return reply(about_daemon(context.store, context.now))
+# -- requests
+
+CHANGES = {  # command and option -> its function; what it takes after the time are the arguments
+    "enqueue": enqueue,
+    "enqueue batch": enqueue_batch,
+    "dlq retry": for_each(Store.requeue, ("dead",), "added to queue"),
+    "retry": for_each(Store.requeue, STATES, "added to queue"),
+    "cancel": for_each(Store.cancel, UNFINISHED, "cancelled"),
+    "delete": for_each(lambda store, job, now: store.delete([job.id]), FINISHED, "deleted"),
+    "pause": pause,
+    "resume": resume,
+    "config set": set_setting,
+    "worker start": start_workers,
+    "worker stop": stop_workers,
+}
+LOOKS = {
+    "status": status_of,
+    "list": list_jobs,
+    "dlq list": lambda store, now: list_jobs(store, now, "dead"),
+    "metrics": metrics_of,
+    "daemon status": about_daemon,
+}
+
+
+def resolve(request):
+    """(whether it changes the queue, function, {argument: value}) that a request stands for."""
+    if not isinstance(request, dict):
+        raise Failure('a request is an object like {"command":"status"}')
+    command, option, flag, value = map(request.get, ("command", "option", "flag", "value"))
+    if command == "config" and flag:  # as the original has it
+        option, flag, value = option or "set", None, {"key": flag, "value": value}
+    name = ("%s %s" % (command, option or "")).strip()
+    function = CHANGES.get(name) or LOOKS.get(name)
+    code = getattr(function, "__code__", None)
+    known = code.co_varnames[2:code.co_argcount] if code else ()
+    if flag is not None:
+        value = {str(flag).lstrip("-"): value}
+    elif not isinstance(value, dict):
+        value = {(known + ("value",))[0]: value}  # the first argument
+    given = {name: one for name, one in value.items() if one is not None}
+    unknown = set(given).difference(known)
+    if function is None or unknown:
+        raise Failure("command %s is unknown to this queuectl, %s; known are %s" % (
+            " ".join([name, *unknown])[:80], VERSION, ", ".join(known or [*CHANGES, *LOOKS])))
+    return name in CHANGES, function, given
+
+
+def perform(store, request, committed=lambda: None):
+    """The answer to a request; Failure if it is refused. A change that was made before is only
+    answered again. `committed()` is called once it is made, before it is on the disk."""
+    changes, function, arguments = resolve(request)
+    if not changes:
+        with store.mutex:
+            store.refresh()
+        return reply(function(store, now_ms(), **arguments))
+    once = request.get("once") and compact(request["once"])
+    with store.transaction():
+        answer, now = store.recall(once), now_ms()
+        if not answer:
+            check_inserted(store, now)
+            answer = compact(function(store, now, **arguments))
+            store.remember(once, answer)
+    committed()
+    store.sync()
+    return json.loads(answer)
 
 
 # ---- Running a command --------------------------------------------------------------------------
@@ -2143,18 +1950,18 @@ def job_environment(claim, run_file):
         environ = {as_bytes(name): as_bytes(text)
                    for name, text in json.loads(claim.environ).items()}
     elif claim.env in (None, "{}"):
-        return os.environb.update(ours)
+        os.environb.update(ours)
+        return None
     else:
         environ = dict(os.environb)
-    environ.update((name.encode(), text.encode()) for name, text in env_of(claim.env).items())
+    environ.update((as_bytes(name), as_bytes(text)) for name, text in env_of(claim.env).items())
     environ.update(ours)
     return environ
 
 
 def send(number, group, others):
     """Signal a process group (None: gone), and other processes."""
-    for one in (number, signal.SIGCONT) if number == signal.SIGTERM else (number,):
-        # a stopped process handles SIGTERM only once it goes on
+    for one in (number, signal.SIGCONT):  # a stopped process handles SIGTERM only once it goes on
         with suppress(ProcessLookupError, PermissionError):
             if group:
                 os.killpg(group, one)
@@ -2229,12 +2036,13 @@ class Attempt:
             if self.reason or self.status:
                 self.sweep()
             self.process.wait()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a NUL, say, in what another program inserted
             if self.process:
                 raise
-            return self.refused(error)
-        except ValueError as error:  # a NUL, say, in what another program inserted
-            return self.outcome("refused", "can't start: %s" % error)
+            return self.outcome(
+                "unstarted" if getattr(error, "errno", None) in UNSTARTED else "refused",
+                "can't start: %s %s" % (getattr(error, "strerror", error),
+                                        os.fsdecode(getattr(error, "filename", None) or "")))
         finally:
             self.close_output()
             if self.file is not None:
@@ -2244,15 +2052,6 @@ class Attempt:
     def outcome(self, reason, detail=""):
         output, before = tail_of(self.path, self.limit) if self.size else (b"", self.dropped)
         return Outcome(self.status, reason, safe(detail), output, before, now_ms())
-
-    def refused(self, error):
-        """It can't be started, by its own fault or because the host lacks something."""
-        place = os.fsdecode(error.filename or "")
-        if place == self.path:
-            place = self.worker.place.file("")
-        return self.outcome(
-            "unstarted" if error.errno in UNSTARTED else "refused", "can't start%s: %s" % (
-                place and (" %s%s" % ("in " * os.path.isabs(place), place)), error.strerror))
 
     def start(self):
         """Make and lock the run file, start the command, note its leader."""
@@ -2372,13 +2171,10 @@ class Attempt:
 def close_descriptors(keep):
     """Close all but these and stdio: a copy of another child's socket would hide its end, one of a
     lock would hold it."""
-    try:
-        last = max(map(int, os.listdir("/dev/fd")))
-    except OSError:
-        last = os.sysconf("SC_OPEN_MAX")
-    keep = sorted({0, 1, 2, *keep})  # begins with 0: closerange(0, 0) closes all since 3.10
-    for low, high in zip(keep, keep[1:] + [last + 1]):
-        os.closerange(low + 1, high)
+    for fd in map(int, os.listdir("/dev/fd")):
+        if fd > 2 and fd not in keep:
+            with suppress(OSError):  # the one that listed them
+                os.close(fd)
 
 
 def default_signals():
@@ -2387,9 +2183,7 @@ def default_signals():
     exec resets handlers only."""
     for number in range(1, signal.NSIG):
         with suppress(OSError, ValueError):
-            python = number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", 0))
-            if number in HELD + (signal.SIGCHLD,) or (
-                    signal.getsignal(number) == signal.SIG_IGN and not python):
+            if number in HELD + (signal.SIGCHLD,) or signal.getsignal(number) == signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
@@ -2439,8 +2233,8 @@ class Worker:
             claim = self.turn(claim, outcome)
             if claim:
                 outcome = Attempt(self, claim).run()
-            elif outcome and outcome.reason == "unstarted":
-                outcome = self.listen(LOOK_S) and None  # what the host lacks it may have then
+                if outcome.reason == "unstarted":
+                    self.listen(LOOK_S)  # what the host lacks now it may have then
             elif self.await_word():
                 outcome = None
             else:
@@ -2457,13 +2251,12 @@ class Worker:
         if not claims:
             return None, None
         claim, run_file = claims[0], self.place.file(claims[0].serial)
-        noted, same_boot = self.place.note_of(self.slot), claim.boot == boot_id()
+        note, same_boot = self.place.note_of(self.slot), claim.boot == boot_id()
         reason = reason_of(claim.wish, same_boot, os.path.lexists(run_file))
         if same_boot:
-            if noted.get("serial") != claim.serial:
-                noted = {}
-            stop_rest(run_file, noted.get("leader"), lambda: bool(noted.get("start")) and (
-                process_start(noted["leader"]) == noted["start"]),
+            start = note.get("start") if note.get("serial") == claim.serial else None
+            stop_rest(run_file, note.get("leader"),
+                      lambda: start and process_start(note["leader"]) == start,
                       b"QUEUECTL_RUN=" + os.fsencode(run_file))
         output, dropped = tail_of(run_file, self.store.settings["output-limit"])
         return claim, Outcome(None, reason, "", output, dropped, now_ms())
@@ -2471,9 +2264,9 @@ class Worker:
     def turn(self, claim, outcome):
         """One transaction between two jobs: the outcome, and the next Claim or None; where that
         fails, the outcome alone, again and again."""
-        pause_s, unstarted = BUSY_S, outcome and outcome.reason == "unstarted"
+        pause_s = BUSY_S
         while True:
-            for claims in (False,) if unstarted else (True, False):
+            for claims in (True, False):
                 try:
                     return self.record_and_claim(claim, outcome, claims)
                 except StorageError:
@@ -2506,7 +2299,7 @@ class Worker:
 
     def tell(self, claim, outcome, verdict, on_dead):
         """Log what an operator should know; wake the supervisor for what it has to see to."""
-        error = outcome.detail if outcome.reason == "unstarted" else verdict.error
+        error = verdict.error or outcome.detail
         if error:
             self.place.log("job %s is %s after attempt %d of %d: %s" % (
                 claim.job, verdict.state, verdict.attempts, claim.max_retries or 0, error))
@@ -2543,7 +2336,7 @@ class Worker:
         """Idle until there may be something to do; False when it is to leave."""
         self.note()
         done = self.only is not None and not any(
-            state in UNFINISHED for _, state, _, _ in self.store.ends(self.only))
+            job.state in UNFINISHED for job in self.store.jobs(self.only, "id"))
         if not (done or self.leaves()):
             self.listen(3600)
         return not (done or self.leaves())
@@ -2588,7 +2381,6 @@ class Child:
         with theirs:
             self.process = context.Process(target=child_main, args=(target, theirs, args))
             self.process.start()
-        self.started = monotonic()
 
     def wake(self):
         with suppress(OSError):
@@ -2615,7 +2407,7 @@ class Pool:
         self.only = only
         self.own = list(range(MAX_WORKERS + 1, MAX_WORKERS + 1 + count))  # slots
         self.workers = {}        # slot -> Child
-        self.pauses = {}         # slot -> (monotonic before which it is not tried, s of that pause)
+        self.pauses = {}         # slot -> monotonic before which no worker is started there
         self.poll = select.poll()
         self.handlers = {}       # descriptor -> what to call when it is readable
         self.look_at = 0.0       # monotonic
@@ -2678,7 +2470,7 @@ class Pool:
         if child:
             self.workers[slot] = child
         else:
-            self.put_off(slot)
+            self.pauses[slot] = monotonic() + LOOK_S
 
     def on_worker(self, slot):
         """It has something for us to look at, or has ended: then another may settle and go on."""
@@ -2687,30 +2479,24 @@ class Pool:
         if child.ended():
             del self.workers[slot]
             self.forget(child)
-            early = child.process.exitcode != 0 and monotonic() < child.started + LOOK_S
-            self.put_off(slot) if early else self.pauses.pop(slot, None)
-
-    def put_off(self, slot):
-        """Try the slot again after a pause that grows."""
-        pause_s = min(self.pauses.get(slot, (0, BUSY_S / 4))[1] * 2, LOOK_S)
-        self.pauses[slot] = (monotonic() + pause_s, pause_s)
+            status = child.process.exitcode  # after 1 the next one is likely to fail as well
+            self.pauses[slot] = monotonic() + (LOOK_S if status > 0 else BUSY_S if status else 0)
 
     def missing(self, busy):
         """What starts the children that are missing, as functions: workers in the slots that should
         have one, and in those where an attempt is open that nobody works at."""
-        now, starts = monotonic(), []
-        slots = set(self.slots()).union(busy) - set(self.workers)
-        due = sorted(slot for slot in slots if now >= self.pauses.get(slot, (0,))[0])
-        for slot in due[:STARTS]:
-            slot_fd = self.place.take_slot(slot)
+        starts, now = [], monotonic()
+        for slot in sorted(set(self.slots()).union(busy) - set(self.workers)):
+            pause_end = self.pauses.get(slot, 0.0)
+            if pause_end > now or len(starts) == STARTS:
+                self.look_at = min(self.look_at, pause_end)
+                continue
+            slot_fd = self.place.hold("w.%d" % slot, 0.002)
             if slot_fd is not None:
                 starts.append(functools.partial(self.start_worker, slot, slot_fd))
-                continue
-            self.put_off(slot)
-            if slot in self.own:  # another `run` or `drain` has it
+            elif slot in self.own:  # another `run` or `drain` has it
                 self.own[self.own.index(slot)] = max(self.own) + 1
-        self.look_at = 0.0 if len(due) > STARTS else min(
-            [self.look_at] + [self.pauses[slot][0] for slot in slots if slot in self.pauses])
+                self.look_at = 0.0
         return starts
 
     def fork(self, starts):
@@ -2789,7 +2575,7 @@ class Pool:
         """Have running jobs stopped, and their attempts given back."""
         self.stop()
         with self.store.transaction():
-            self.store.wish_end("give back", slots=list(self.workers))
+            self.store.want_back(self.workers)
 
 
 # ---- Server -------------------------------------------------------------------------------------
@@ -2799,15 +2585,13 @@ class Pool:
 
 def is_whole(inbox):
     """Whether it is one JSON object; what is nested too deeply to tell may as well be taken."""
-    if inbox[-64:].rstrip()[-1:] != b"}":
-        return False
     try:
         json.loads(inbox.decode())
-        return True
     except ValueError:
         return False
     except RecursionError:
-        return True
+        pass
+    return True
 
 
 def receive(sock, inbox):
@@ -2816,7 +2600,7 @@ def receive(sock, inbox):
     while True:
         inbox[:] = inbox.lstrip()
         end = inbox.find(b"\n")
-        if end < 0 and inbox and is_whole(inbox):
+        if end < 0 and inbox.rstrip().endswith(b"}") and is_whole(inbox):
             end = len(inbox)
         if (len(inbox) if end < 0 else end) > MAX_REQUEST:
             raise Failure("a request has at most %d bytes" % MAX_REQUEST)
@@ -2894,7 +2678,7 @@ def answer_to(store, data, look):
         if isinstance(request, dict) and request.get("db") not in (None, utf8(store.path)):
             raise Failure("the daemon here serves %s, not %s; leave out --socket and SOCKET_PATH"
                           % (store.path, request["db"]))
-        answer = perform(store, request, served=True, committed=look)
+        answer = perform(store, request, committed=look)
     except Exception as error:
         yield refusal(error)
         if not isinstance(error, Failure):  # a bug must not end the queue
@@ -3054,8 +2838,6 @@ class Daemon(Pool):
         """Serve until stopped."""
         try:
             self.look()
-            while len(self.workers) < len(self.slots()) and not self.pauses:
-                self.look()
             told = plural(len(self.slots()), "worker")
             self.log("started: queuectl %s, %s" % (VERSION, told))
             announce("queuectl %s daemon ready: pid %d, socket %s, database %s, %s" % (
@@ -3064,8 +2846,9 @@ class Daemon(Pool):
             while self.workers or not self.stopping:
                 self.step()
                 if self.force_at and monotonic() >= self.force_at:
-                    self.force_at = None
-                    self.force()
+                    with suppress(StorageError):  # else again at the next step
+                        self.force()
+                        self.force_at = None
             self.log("stopped")
         except Exception as error:
             self.log("gives up: %r" % error)
@@ -3116,14 +2899,17 @@ class Daemon(Pool):
 # Where a command finds its queue, and how it has its changes made: by the daemon, or, if nobody
 # answers, here.
 
+# The code of this whole file, for `compiled`.
+CODE = sys._getframe().f_code
+
 
 def default_db():
     """Beside this file if the directory is ours alone and no place for programs, else where state
     is kept."""
     folder = os.path.dirname(os.path.realpath(__file__))
-    status, parts = os.stat(folder), folder.split("/")
-    if (status.st_uid != os.geteuid() or others_can_write(status) or "lib" in parts[:-1]
-            or parts[-1] in ("bin", "sbin")):
+    status = os.stat(folder)
+    if (status.st_uid != os.geteuid() or others_can_write(status)
+            or re.search(r"/lib/|/s?bin\Z", folder)):
         # Joined to /, or without a home it would depend on the current directory.
         folder = ("/var/lib/queuectl" if os.geteuid() == 0
                   else os.path.join("/", os.path.expanduser("~/.local/state/queuectl")))
@@ -3134,11 +2920,9 @@ def locate(db, sock):
     """The Place that flags or environment name. An empty variable counts as unset."""
     db = db or os.environ.get("DB_PATH")
     sock = sock or os.environ.get("SOCKET_PATH")
-    path = os.path.abspath(os_path(db or default_db()))
-    place = Place(os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)),
-                  bool(db), os.path.abspath(os_path(sock or DEFAULT_SOCKET)), bool(sock))
-    if os.path.isdir(place.db):
-        raise Failure("%s is a directory; give a file as --db" % place.db)
+    folder, name = os.path.split(os.path.abspath(os_path(db or default_db())))
+    place = Place(os.path.join(os.path.realpath(folder), name), bool(db),
+                  os.path.abspath(os_path(sock or DEFAULT_SOCKET)), bool(sock))
     check_socket_path(place.socket)
     return place
 
@@ -3149,29 +2933,22 @@ def shell_quote(text):
 
 
 def ask(path, request, patience_s=PATIENCE_S):
-    """The answer of the daemon at socket `path`; Unreachable when there is none."""
-    # As UTF-8: escapes could make it three times as long. Lone surrogates have to be escaped, as
-    # \udcff, by JSON and by backslashreplace alike.
-    text = json.dumps(request, separators=(",", ":"), ensure_ascii=False)
-    data = text.encode("utf-8", "backslashreplace") + b"\n"
-    if len(data) > MAX_REQUEST:
-        raise Failure("this is too large, %d bytes; a request has at most %d"
-                      % (len(data), MAX_REQUEST))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+    """The answer of the daemon at socket `path`; {} when none gives one."""
+    with suppress(OSError, ValueError, TypeError), \
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(patience_s)
-        try:
-            sock.connect(path)
-            if peer_uid(sock) not in (os.geteuid(), None):
-                raise Failure("%s is served by another user (uid %d); give another --socket"
-                              % (path, peer_uid(sock)))
-            sock.sendall(data)
-            data = receive(sock, bytearray())
-        except OSError as error:
-            raise Unreachable("nobody answers at %s: %s" % (path, error.strerror or error))
-    answer = decode_json(data or b"", "the answer from %s" % path) if data else None
-    if not isinstance(answer, dict):
-        raise Unreachable("the daemon at %s broke off" % path)
-    return answer
+        sock.connect(path)
+        if peer_uid(sock) not in (os.geteuid(), None):
+            raise Failure("%s is served by another user; give another --socket" % path)
+        sock.sendall(compact(request).encode() + b"\n")
+        return dict(json.loads(receive(sock, bytearray()) or b""))
+    return {}
+
+
+def daemon_at(path, patience_s=PATIENCE_S):
+    """What the daemon at a socket tells of itself, see `about_daemon`; {} without one."""
+    about = ask(path, {"command": "daemon", "option": "status"}, patience_s).get("message")
+    return about if isinstance(about, dict) else {}
 
 
 class Queue:
@@ -3185,27 +2962,20 @@ class Queue:
     @property
     def place(self):
         """Where only a socket was given, the daemon there names the database."""
-        place = self.given
-        if place.socket_given and not place.db_given:
-            db = self.served_at(place.socket)
+        if self.given.socket_given and not self.given.db_given:
+            db = daemon_at(self.given.socket).get("db")
             if db is None:
-                raise Failure("no daemon at %s; name the queue with --db" % place.socket)
-            self.given = place._replace(db=db, db_given=True)
+                raise Failure("no daemon at %s; name the queue with --db" % self.given.socket)
+            self.given = self.given._replace(db=os_path(db), db_given=True)
         return self.given
-
-    def served_at(self, path, patience_s=PATIENCE_S):
-        """The database that is served at a socket; None if there is none."""
-        with suppress(Unreachable, KeyError, TypeError):
-            return os_path(ask(path, {"command": "daemon", "option": "status"}, patience_s)[
-                "message"]["db"])
 
     def other_queue(self):
         """A line for a user who gave nothing, if a daemon of theirs at the default socket serves
         another queue, while none serves this one; else None."""
         place = self.given
         if not (place.db_given or place.socket_given or place.daemon()) and is_served(DEFAULT_SOCKET):
-            db = self.served_at(DEFAULT_SOCKET, 2)
-            if db not in (None, place.db):
+            db = daemon_at(DEFAULT_SOCKET, 2).get("db")
+            if db not in (None, utf8(place.db)):
                 return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
                     DEFAULT_SOCKET, db, shell_quote(db))
         return None
@@ -3217,34 +2987,32 @@ class Queue:
         request = {"command": command, "option": option or None, "flag": None, "value": value,
                    "version": VERSION, "once": os.urandom(12).hex(), "db": utf8(self.place.db)}
         answer = self.ask_daemon(request)
-        if answer is None:
-            if command == "enqueue" and not self.place.exists() and self.other_queue():
+        if not answer:
+            other = command == "enqueue" and not self.place.exists() and self.other_queue()
+            if other:
                 raise Failure("%s does not exist; %s; or name the new queue with --db"
-                              % (self.place.db, self.other_queue()))
-            answer = perform(self.store(), request)
+                              % (self.place.db, other))
+            answer = dict(perform(self.store(), request), workers=None)  # the note says enough
             self.note("daemon not running; stored in %s" % self.place.db)
         if answer.get("success") is True:
             return answer
-        message = str(answer.get("message"))
-        raise Failure(message[7:] if message.startswith("Error: ") else message,
-                      **{name: answer[name] for name in answer if name == "index"})
+        raise Failure(re.sub("^Error: ", "", str(answer.get("message"))),
+                      index=answer.get("index", 0))
 
     def ask_daemon(self, request):
-        """The daemon's answer, None when nobody answers: at the socket given, else where it says
-        that it listens."""
-        for path in ([self.place.socket] * self.place.socket_given
-                     + [read_note(self.place.file("daemon")).get("socket")]):
-            with suppress(Unreachable):
-                if path:
-                    return ask(os_path(path), request)
-        return None
+        """The answer of the daemon at the socket given, else where it says that it listens; {} if
+        nobody answers."""
+        place = self.place
+        paths = [place.socket] * place.socket_given + [place.daemon().get("socket")]
+        answers = (ask(os_path(path), request) for path in paths if path)
+        return next(filter(None, answers), {})
 
     def store(self, make=True):
         """The Store of the queue; one that isn't there is not made for a look."""
         if self.opened is None or self.opened.memory and make:
-            line = self.other_queue()
-            if line:
-                self.note(line)
+            other = self.other_queue()
+            if other:
+                self.note(other)
             self.opened = Store(self.place, patience_s=PATIENCE_S,
                                 memory=not make and not self.place.exists())
         return self.opened
@@ -3273,44 +3041,34 @@ def call_words(place, program):
 
 
 def compiled(place):
-    """The path of this program, compiled, so that the daemon is there at once: the one that Python
-    keeps of what is imported, or our own code, written to DB-run. The script where there is none."""
+    """The path of this program, compiled, in DB-run, so that the daemon is there at once and needs
+    less memory; the script while there is no DB-run."""
     import importlib.util
     import marshal
-    script = os.path.abspath(sys.argv[0])
-    if __spec__ and __spec__.cached and os.path.exists(__spec__.cached):
-        return __spec__.cached
-    frame = sys._getframe()
-    while frame and not (frame.f_globals is globals() and frame.f_code.co_name == "<module>"):
-        frame = frame.f_back
-    if not frame or not os.path.isdir(place.file("")):
-        return script
     path, size = place.file("queuectl.pyc"), 12 if sys.version_info >= (3, 7) else 8
-    with open(open_private("%s.%d" % (path, os.getpid()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-              "wb") as file:
-        file.write(importlib.util.MAGIC_NUMBER + bytes(size) + marshal.dumps(frame.f_code))
-    os.rename("%s.%d" % (path, os.getpid()), path)
+    new = "%s.%d" % (path, os.getpid())
+    if not os.path.isdir(place.file("")):
+        return os.path.abspath(sys.argv[0])
+    with open(new, "wb", opener=open_private) as file:
+        file.write(importlib.util.MAGIC_NUMBER + bytes(size) + marshal.dumps(CODE))
+    os.rename(new, path)
     return path
 
 
 def start_in_background(place, *options):
     """Start a daemon in a session of its own; its ready line, once it is."""
-    import subprocess
-    environ = dict(os.environb)
-    environ.pop(b"QUEUECTL_RUN", None)  # a job may start it, but it is no part of that
-    daemon = subprocess.Popen(
-        call_words(place, compiled(place)) + ["daemon"] + list(options), cwd="/", env=environ,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True)
+    from subprocess import DEVNULL, PIPE, Popen
+    os.environ.pop("QUEUECTL_RUN", None)  # a job may start it, but it is no part of that
+    daemon = Popen([*call_words(place, compiled(place)), "daemon", *options], cwd="/",
+                   stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True,
+                   encoding="utf-8", errors="replace")
     ready = daemon.stdout.readline()
     if ready:
-        daemon.returncode = 0  # it outlives us; subprocess would warn that nobody waited
-        return ready.decode("utf-8", "replace").strip()
-    lines = daemon.stderr.read().decode("utf-8", "replace").strip().splitlines() or ["it died"]
-    daemon.wait()
+        return ready.strip()
+    error = daemon.communicate()[1].strip().rpartition("\n")[2]
     with suppress(ValueError, KeyError, TypeError):
-        raise Failure(json.loads(lines[-1])["message"].partition(": ")[2])
-    raise Failure("the daemon did not start: %s" % lines[-1])
+        error = json.loads(error)["message"][7:]
+    raise Failure("the daemon did not start: %s" % error)
 
 
 # ---- Looking ------------------------------------------------------------------------------------
@@ -3362,150 +3120,130 @@ def full_id(store, given):
 
 
 def judge(store, limits, name, within, now):
-    """(exit status, line) as monitoring plugins have them. limits: {"pending", "dead", "age": the
-    highest value allowed, None: any}; a job called `name` must have completed `within` ms."""
-    def ago(ms):
-        """In seconds, rounded up, so that nothing over a limit looks as if it weren't."""
-        return None if ms is None else max(-((ms - now) // 1000), 0)
-    counts, workers, problems, data = store.counts(), len(store.place.slots()), [], []
-    values = dict(counts, age=ago(store.ready_since(now)) or 0, workers=workers)
-    if name is not None:
-        values["completed"] = ago(store.completed_at(name, max(now - within, 0)))
-        limits = dict(limits, completed=within // 1000)
+    """(exit status, line) as monitoring plugins have them. limits: {"pending", "dead", "age" in ms:
+    the highest value allowed, None: any}; a job called `name` must have completed within so many
+    ms."""
+    counts, problems = store.counts(), []
+    values = dict(counts, age=now - (store.ready_since(now) or now))
     for label, limit in limits.items():
-        value = values[label]
-        data.append("%s=%s;;%s;0" % (label, "U" if value is None else value,
-                                     "" if limit is None else limit))
-        if limit is not None and (value is None or value > limit):
-            problems.append("%s is %s, over %d" % (
-                "time since %s completed" % name.replace("|", "/") if label == "completed"
-                else label, "unknown" if value is None else value, limit))
-    status = 2 if problems else 0
+        show = lapse if label == "age" else str
+        if limit is not None and values[label] > limit:
+            problems.append("%s is %s, over %s" % (label, show(values[label]), show(limit)))
+    if name is not None and not store.completed_at(name, max(now - within, 0)):
+        problems.append("%s has not completed within %s" % (name, lapse(within)))
     waiting = counts["pending"] + counts["failed"]
-    problems += ["paused"] * (store.paused is not None)
-    if waiting and not workers:
-        problems.append("no %s runs" % ("worker" if store.place.daemon() else "daemon"))
-    status = status or int(bool(problems))
-    problems.append("%s waiting, %d dead" % (plural(waiting, "job"), counts["dead"]))
-    return status, "%s - %s | %s" % (("OK", "WARNING", "CRITICAL")[status],
-                                     safe(", ".join(problems)), " ".join(data))
+    lacks = (waiting or store.paused is not None) and hindrance(store)
+    status = 2 if problems else int(bool(lacks))
+    problems += ["waiting for %s" % lacks] * bool(lacks) + [
+        "%s waiting, %d dead" % (plural(waiting, "job"), counts["dead"])]
+    line = "%s - %s" % (("OK", "WARNING", "CRITICAL")[status], ", ".join(problems))
+    return status, safe(line.replace("|", "/"))  # what follows | would be taken for numbers
 
 
 def back_up(store, target):
     """Copy the queue into the new file `target`, 0600 from its first instant and on the disk in the
     end; if anything fails it is removed again. The number of jobs."""
-    if os.path.lexists(target):
-        raise Failure("%s exists, and a backup replaces nothing; name another file" % target)
-    fd = open_private(target, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    try:
-        count = store.copy(target)
-        os.fsync(fd)
-        with suppress(OSError):  # a folder may be one that we can't read
-            os.fsync(os.open(os.path.dirname(target), os.O_RDONLY))
-        return count
-    except BaseException:
-        os.unlink(target)
-        raise
-    finally:
-        os.close(fd)
+    with open(target, "xb", opener=open_private) as file:
+        try:
+            count = store.copy(target)
+            os.fsync(file)
+            with suppress(OSError):  # a folder may be one that we can't read
+                os.fsync(os.open(os.path.dirname(target), os.O_RDONLY))
+            return count
+        except BaseException:
+            os.unlink(target)
+            raise
 
 
-def lock_holders(path):
-    """The pids that hold the flock on a file; empty where the system doesn't say."""
-    with suppress(OSError), open("/proc/locks") as locks:
-        inode = ":%d" % os.stat(path).st_ino
-        return [fields[4] for fields in map(str.split, locks)
-                if fields[1] == "FLOCK" and fields[5].endswith(inode)]
-    return []
+# What `doctor` looks at, a function each: what is well, or a Failure: what is wrong; what to do.
+
+
+def look_at_versions(queue):
+    return "queuectl %s, %s, Python %s, %s" % (VERSION, os.path.abspath(__file__),
+                                               sys.version.split()[0], sys.executable)
 
 
 def look_at_folder(queue):
     place, other = queue.place, queue.other_queue()
-    folder = os.path.dirname(place.db)
     if other:
         raise Failure(other)
     place.check()
-    room = os.statvfs(folder)
+    folder = os.path.dirname(place.db)
+    status, room = os.stat(folder), os.statvfs(folder)
     free = room.f_bavail * room.f_frsize
-    if room.f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise Failure("%s can't be written; mount it for writing, or run: chmod u+rwx %s"
                       % (folder, folder))
-    if others_can_write(os.stat(folder)) and not os.stat(folder).st_mode & stat.S_ISVTX:
+    if others_can_write(status) and not status.st_mode & stat.S_ISVTX:
         raise Failure("%s can be written by others; run: chmod go-w %s" % (folder, folder))
-    if free < LOW_DISK or room.f_files and not room.f_favail:
-        raise Failure("only %d MiB and %d inodes are free for %s; free some, or use another --db"
-                      % (free >> 20, room.f_favail, place.db))
+    if free < LOW_DISK or room.f_favail == 0 < room.f_files:
+        raise Failure("only %d MiB, or no inodes, are free for %s; free some, or use another --db"
+                      % (free >> 20, place.db))
     return "%s, on %s, %d MiB free" % (place.db, file_system(folder) or "an unknown disk", free >> 20)
 
 
 def look_at_files(queue):
     place = queue.place
-    names = [place.db, place.db + "-wal", place.db + "-shm", place.daemon().get("socket") or place.db,
-             *map(place.file, ("lock", "door", "daemon", "log"))]
-    for path, wanted in [(place.file(""), 0o700)] + [(name, 0o600) for name in names]:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            mode = stat.S_IMODE(os.lstat(path).st_mode)
-            if mode != wanted:
-                raise Failure("%s has mode %04o; run: chmod %o %s" % (path, mode, wanted, path))
+    for path in (place.db, place.db + "-wal", place.db + "-shm", place.daemon().get("socket", ""),
+                 *map(place.file, ("", "lock", "door", "daemon", "log"))):
+        with suppress(FileNotFoundError):
+            mode = os.lstat(path).st_mode
+            if mode & 0o077:
+                raise Failure("%s has mode %03o; run: chmod go= %s" % (path, mode & 0o777, path))
     return "private"
 
 
 def look_at_lock(queue):
-    path, until = queue.place.file("lock"), monotonic() + 3
-    while is_locked(path):
-        if monotonic() > until:
-            pids = " ".join(lock_holders(path)) or "of some process"
-            raise Failure("%s is held too long, by pid %s; it is stopped or stuck: kill -CONT %s, or"
-                          " end it" % (path, pids, pids))
+    path, pids = queue.place.file("lock"), []
+    for _ in range(60):
+        if not is_locked(path):
+            return "free"
         sleep(0.05)
-    return "free"
+    with suppress(OSError), open("/proc/locks") as locks:
+        pids = re.findall(r": FLOCK .* (\d+) \S+:%d " % os.stat(path).st_ino, locks.read())
+    pids = " ".join(pids) or "unknown"
+    raise Failure("%s is held too long, by pid %s; it is stopped or stuck: kill -CONT %s, or end it"
+                  % (path, pids, pids))
 
 
 def look_at_daemon(queue):
     """Its socket answers, it is of this version, and no other program has the database open."""
     place, daemon = queue.place, queue.place.daemon()
-    strangers = set(processes(place.db)) - set(processes(place.file("lock")))
+    strangers = set(processes(place.db)).difference(processes(place.file("lock")))
     if strangers:
         raise Failure("another program has %s open: pid %s; end it, or it may run jobs twice"
-                      % (place.db, " ".join(map(str, sorted(strangers)))))
+                      % (place.db, " ".join(map(str, strangers))))
     if not daemon:
-        if place.socket_given and is_served(place.socket) is None and os.path.lexists(place.socket):
-            raise Failure("%s is not a socket of yours; give another --socket" % place.socket)
         return "none runs"
-    with suppress(Unreachable, KeyError, TypeError):
-        about = ask(os_path(daemon["socket"]), {"command": "daemon", "option": "status"}, 5)["message"]
-        if about["version"] == VERSION:
-            return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
-    raise Failure("the daemon, pid %s, queuectl %s, does not answer at %s as queuectl %s does; restart"
-                  " it: queuectl daemon stop, then worker start" % (
-                      daemon["pid"], daemon["version"], daemon["socket"], VERSION))
+    about = daemon_at(os_path(daemon["socket"]), 5)
+    if about.get("version") != VERSION:
+        raise Failure("the daemon, pid %(pid)s, queuectl %(version)s, does not answer at %(socket)s as"
+                      " queuectl %(ours)s does; restart it: queuectl daemon stop, then worker start"
+                      % dict(daemon, ours=VERSION))
+    return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
 
 
 def look_at_database(queue):
-    place = queue.place
-    if not (place.exists() and os.path.isdir(place.file(""))):
+    if not os.path.isdir(queue.place.file("")):
         return "not there yet"
-    store = Store(place, patience_s=5)
-    try:
-        lines, version = store.integrity(), store.value("SELECT sqlite_version()")
-    finally:
-        store.close()
-    if lines:
+    store = queue.look()
+    damage = store.integrity()
+    if damage:
         raise Failure("%s is damaged: %s; stop the daemon and restore a backup, or save what is left"
-                      " with: sqlite3 %s .recover" % (place.db, ", ".join(lines), place.db))
-    return "sound, SQLite " + version
+                      " with: sqlite3 %s .recover" % (store.path, ", ".join(damage), store.path))
+    return "sound, SQLite " + store.value("SELECT sqlite_version()")
 
 
 def diagnose(queue):
     """What `doctor` finds: [{"check", "ok", "detail", "advice"}]. Nothing is made."""
-    findings = [{"check": "versions", "ok": True, "advice": "", "detail": "queuectl %s, %s; Python %s,"
-                 " %s" % (VERSION, os.path.abspath(__file__), sys.version.split()[0],
-                          sys.executable)}]
-    for look in (look_at_folder, look_at_files, look_at_lock, look_at_daemon, look_at_database):
+    findings = []
+    for look in (look_at_versions, look_at_folder, look_at_files, look_at_lock, look_at_daemon,
+                 look_at_database):
         try:
-            detail, ok, advice = look(queue), True, ""
+            ok, text = True, look(queue)
         except (Failure, OSError) as error:
-            ok, (detail, _, advice) = False, str(error).partition("; ")
+            ok, text = False, str(error)
+        detail, _, advice = text.partition("; ")
         findings.append({"check": look.__name__[8:], "ok": ok, "detail": detail, "advice": advice})
     return findings
 
@@ -3514,35 +3252,36 @@ def diagnose(queue):
 # What users see: results on stdout, as JSON, or as tables where that is a terminal; the rest is for
 # people, on stderr.
 
-CALL = "queuectl"  # how this program is called for this queue, see `call_as`
+CALL = ["queuectl"]  # the words that call this program for this queue, see `call_as`
 
 
 def call_as(script, db):
     """Have commands named as this one was called, for the queue `db` if that was given."""
-    global CALL
-    words = ["python3", script] if script.endswith(".py") else [
-        script if "/" in script else os.path.basename(script)]
-    CALL = " ".join(map(shell_quote, words + ["--db", db] * bool(db)))
+    CALL[:] = ["python3"] * script.endswith(".py") + [script] + ["--db", db] * bool(db)
+
+
+def called():
+    """How this program is called, as it can be pasted."""
+    return " ".join(map(shell_quote, CALL))
 
 
 def pasted(line):
     """`line` with the commands that it names after a colon as they can be pasted."""
-    return re.sub(r"(?<=: )queuectl (?=[a-z-])", lambda _: CALL + " ", line)
+    return re.sub(r"(?<=: )queuectl(?= [a-z-])", lambda _: called(), line)
 
 
-def write_out(stream, text, fd):
+def write_out(stream, text):
     """Write for whoever still listens: a dead end is led to /dev/null."""
     try:
         stream.write(text)
         stream.flush()
-    except (OSError, ValueError):
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def tell(line):
+def tell(line, stream=None):
     """For people: a full disk or a closed pipe there is no reason to fail."""
-    write_out(sys.stderr, safe(pasted(line)) + "\n", 2)
+    write_out(stream or sys.stderr, safe(pasted(line)) + "\n")
 
 
 def silent(line):
@@ -3551,7 +3290,7 @@ def silent(line):
 
 def announce(line):
     """The daemon's ready line; whoever started it may have closed its end."""
-    write_out(sys.stdout, safe(line) + "\n", 1)
+    tell(line, sys.stdout)
 
 
 def print_text(text):
@@ -3595,15 +3334,11 @@ def table(rows, columns):
                         for cell, width in zip(row, widths)).rstrip()
 
 
-def pairs(value, indent=""):
+def pairs(value):
     """Lines of `name  value` for an object, without what is empty."""
-    wide = max(map(len, value), default=0)
-    for name, one in value.items():
-        if isinstance(one, dict) and one:
-            yield indent + name
-            yield from pairs(one, indent + "  ")
-        elif one not in (None, {}, []):
-            yield "%s%s  %s" % (indent, name.ljust(wide), safe(str(one)))
+    width = max(map(len, value))
+    return ["%-*s  %s" % (width, name, safe(one if isinstance(one, str) else compact(one)))
+            for name, one in value.items() if one not in (None, {}, [])]
 
 
 def age(stamp, now):
@@ -3612,63 +3347,70 @@ def age(stamp, now):
 
 
 def job_rows(jobs, now):
-    """Objects for a table of jobs, as `public` has them."""
-    return [{"id": job["id"], "state": job["state"], "age": age(job["updated_at"], now),
-             "tries": "%d/%d" % (job["attempts"], job["max_retries"]), "error": job["error"],
-             "command": job["command"]} for job in jobs]
+    """Jobs, as `public` has them, with what a table of them shows besides."""
+    return [dict(job, age=age(job["updated_at"], now), tries="%(attempts)s/%(max_retries)s" % job)
+            for job in jobs]
 
 
 def bar(done, total, failed, seconds):
-    """How far it is: done of total, rate, time left, failures so far."""
-    rate = done / max(seconds, 0.001)
-    filled = 20 * done // max(total, 1)
-    return "[%s%s] %d/%d  %.1f/s%s%s" % (
-        "#" * filled, "." * (20 - filled), done, total, rate,
-        "  %s left" % lapse(int((total - done) / rate) * 1000) if total > done > 0 else "",
-        "  %d failed" % failed if failed else "")
+    """How far it is: done of total, failures so far, time left."""
+    return "[%-20s] %d of %d, %d failed%s" % (
+        "#" * (20 * done // (total or 1)), done, total, failed,
+        ", %s left" % lapse(int(seconds * (total - done) / done) * 1000) if done else "")
 
 
-def frame(store, rate, now):
+def frame(store, now):
     """Lines of what `status --watch` shows: states, workers, running jobs, retries, deaths."""
     workers = workers_of(store, now)
     yield "  ".join("%s %d" % item for item in store.counts().items())
-    yield plural(len(workers), "worker") + ("" if rate is None else ", %.1f jobs/s" % rate) + (
+    yield "%s, %.1f jobs/s" % (plural(len(workers), "worker"), store.rate(now)) + (
         "" if store.paused is None else ", PAUSED: " + safe(store.paused))
     lines = [("runs %6s" % age(worker["since"], now), store.job(worker["job"]), "command")
-             for worker in workers if worker["job"]]
+             for worker in workers]
     lines += [("next in " + lapse(max(job.due - now, 1000)), job, "error")
               for job in store.next_retries(5)]
     lines += [("died %s ago" % age(job.finished_at, now), job, "error")
               for job in store.last_deaths(5)]
     for what, job, field in lines:
         if job:
-            yield "  %s  %s  %s" % (what, safe(job.id), safe(getattr(job, field) or ""))
+            yield safe("  %s  %s  %s" % (what, job.id, getattr(job, field) or ""))
 
 
 EXPOSITION = """\
-jobs gauge jobs Jobs in the queue, by state.
-jobs_enqueued_total counter jobs_enqueued Jobs stored so far.
-jobs_completed_total counter jobs_completed Jobs that completed so far.
-jobs_dead_total counter jobs_died Jobs that became dead so far.
-attempts_failed_total counter failed_attempts Attempts that failed so far.
-commands_total counter total_commands Changes that daemons made so far.
-job_duration_seconds summary total_runtime,jobs_completed Run time of completed jobs.
-workers gauge workers_running Workers that run.
-daemon_uptime_seconds gauge uptime_s Seconds since the daemon started, 0 without one.
-database_bytes gauge database_bytes Size of the database and its write-ahead log."""
+jobs gauge Jobs in the queue, by state.
+queuectl_jobs{state="pending"} %(pending)d
+queuectl_jobs{state="processing"} %(processing)d
+queuectl_jobs{state="completed"} %(completed)d
+queuectl_jobs{state="failed"} %(failed)d
+queuectl_jobs{state="dead"} %(dead)d
+queuectl_jobs{state="cancelled"} %(cancelled)d
+jobs_enqueued_total counter Jobs stored so far.
+queuectl_jobs_enqueued_total %(jobs_enqueued)d
+jobs_completed_total counter Jobs that completed so far.
+queuectl_jobs_completed_total %(jobs_completed)d
+jobs_dead_total counter Jobs that became dead so far.
+queuectl_jobs_dead_total %(jobs_died)d
+attempts_failed_total counter Attempts that failed so far.
+queuectl_attempts_failed_total %(failed_attempts)d
+commands_total counter Changes made since a daemon first started.
+queuectl_commands_total %(total_commands)d
+job_duration_seconds summary Run time of completed jobs.
+queuectl_job_duration_seconds_sum %(total_runtime)s
+queuectl_job_duration_seconds_count %(jobs_completed)d
+workers gauge Workers that run.
+queuectl_workers %(workers_running)d
+daemon_uptime_seconds gauge Seconds since the daemon started, 0 without one.
+queuectl_daemon_uptime_seconds %(uptime_s)d
+database_bytes gauge Size of the database.
+queuectl_database_bytes %(database_bytes)d"""
 
 
 def exposition(metrics):
-    """Lines of Prometheus's text format; each row of EXPOSITION is name, type, keys, help."""
-    for row in EXPOSITION.splitlines():
-        name, kind, keys, about = row.split(" ", 3)
-        name, values = "queuectl_" + name, [metrics[key] for key in keys.split(",")]
-        yield "# HELP %s %s\n# TYPE %s %s" % (name, about, name, kind)
-        samples = ({'{state="%s"}' % state: count for state, count in values[0].items()}
-                   if keys == "jobs" else
-                   dict(zip(("_sum", "_count") if kind == "summary" else ("",), values)))
-        for label, value in samples.items():
-            yield "%s%s %s" % (name, label, value)
+    """Prometheus's text format of what `metrics_of` tells; in EXPOSITION each metric begins with its
+    name, type and help."""
+    text = re.sub(r"(?m)^(\w+) (\w+) (.*)", r"# HELP queuectl_\1 \3\n# TYPE queuectl_\1 \2",
+                  EXPOSITION)
+    return text % dict(dict.fromkeys(STATES, 0), **metrics["jobs"], **metrics)
 
 
 # grace is shorter than TimeoutStopSec, so that no job is left behind. OOMPolicy: a job that takes
@@ -3692,24 +3434,19 @@ OOMPolicy=continue
 WantedBy=%(target)s"""
 
 
-def unit_word(text, variables=True):
-    """`text` as one word of a unit; `variables`: where systemd replaces $NAME."""
-    text = text.replace("%", "%%").replace("$", "$$" if variables else "$")
-    if re.fullmatch(r"[\w./:@%$+=,-]+", text, re.ASCII):
-        return text
-    return '"%s"' % safe(text.replace("\\", "\\\\").replace('"', '\\"'))
+def unit_word(text):
+    """`text` as one word of a unit, where systemd replaces %x and $NAME."""
+    text = text.replace("%", "%%").replace("$", "$$").replace("\\", "\\\\")
+    return shell_quote(safe(text))
 
 
 def systemd_unit(place, user):
     """A unit for this very file, interpreter and queue; `user`: for a user's own systemd."""
-    name = ""
-    if os.geteuid() and not user:
-        import pwd
-        name = "User=%s\n" % pwd.getpwuid(os.geteuid()).pw_name
-    program, *words = call_words(place, os.path.abspath(sys.argv[0]))
+    import pwd
     return UNIT % {
-        "folder": unit_word(os.path.dirname(place.db), variables=False), "user": name,
-        "command": " ".join([unit_word(program, variables=False)] + list(map(unit_word, words))),
+        "folder": unit_word(os.path.dirname(place.db)),
+        "command": " ".join(map(unit_word, call_words(place, os.path.abspath(sys.argv[0])))),
+        "user": "" if user else "User=%s\n" % pwd.getpwuid(os.geteuid()).pw_name,
         "target": "default.target" if user else "multi-user.target"}
 
 
@@ -3750,18 +3487,15 @@ class Drawing:
     def show(self, lines):
         if self.able:
             width, most = screen()
-            lines = [line[:width - 1] for line in list(lines)[:max(most - 1, 1)]]
-            up = "\r\x1b[%dA" % (self.height - 1) if self.height > 1 else "\r"
-            write_out(self.stream, up * (self.height > 0) + "\x1b[J" + "\n".join(lines),
-                      self.stream.fileno())
+            lines = [line[:width - 1] for line in list(lines)[:most - 1]]
+            up = "\r" + "\x1b[A" * (self.height - 1)
+            write_out(self.stream, up + "\x1b[J" + "\n".join(lines))
             self.height = len(lines)
 
     def close(self):
         """Leave what stands there, and go on below."""
         if self.height:
-            write_out(self.stream, "\n", self.stream.fileno())
-            self.height = 0
-
+            write_out(self.stream, "\n")
 
 # ---- Commands -----------------------------------------------------------------------------------
 # One function a command, its arguments above it, its help and then its examples in its docstring.
@@ -3770,133 +3504,112 @@ class Drawing:
 COMMANDS = {}  # "dlq retry" -> (function, the text of its arguments)
 
 
-def subcommand(name, arguments=""):
-    """Register a command; `arguments`: a line each, FLAGS METAVAR  about (see KINDS), a positional
-    one its name first, in brackets if it may be left out."""
+def subcommand(arguments=""):
+    """Register a command, cmd_dlq_retry as `dlq retry`; `arguments`: a line each, FLAGS METAVAR
+    about, with METAVAR - for a flag without a value (see CHECKS and OPTIONS); a positional one has
+    its name in place of flags."""
     def register(function):
-        COMMANDS[name] = (function, arguments)
+        COMMANDS[function.__name__[4:].replace("_", " ")] = function, arguments
         return function
     return register
 
 
-class Once(argparse.Action):
-    """A flag that may be given once: the last of two would win in silence."""
-
-    def __call__(self, parser, args, values, option_string=None):
-        if getattr(args, self.dest) is not None:
-            raise argparse.ArgumentError(self, "is given twice, or with its like")
-        setattr(args, self.dest, values)
-
-
-def kind(check, **options):
-    """What argparse is told of an argument whose text `check` reads."""
-    def convert(text):
-        try:
-            return check(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError("%s %s" % (text, error))
-    return dict(options, type=convert)
-
-
 def pair(text):
-    """(name, value) of NAME=VALUE."""
-    name, equals, value = text.partition("=")
-    if not equals:
+    """[name, value] of NAME=VALUE."""
+    if "=" not in text:
         raise ValueError("must be NAME=VALUE")
-    return name, value
+    return text.split("=", 1)
 
 
-KINDS = {  # metavar -> what argparse is told
-    "N": kind(number_from(0, 10 ** 9)),
-    "COUNT": kind(as_count),
-    "PRIORITY": kind(number_from(-1000, 1000)),
-    "TRIES": kind(number_from(1, 1000)),
-    "DUR": kind(as_ms),
-    "DELAY": kind(lambda text: iso(now_ms() + as_ms(text)), dest="run_after"),
-    "TIME": kind(lambda text: iso(next_time(text, now_ms())), dest="run_after"),
-    "DIR": kind(lambda text: utf8(os.path.abspath(os_path(text)))),
-    "K=V": kind(pair, action="append"),
+CHECKS = {  # metavar -> what reads its text
+    "N": number_from(0, 10 ** 9),
+    "COUNT": as_count,
+    "PRIORITY": number_from(-1000, 1000),
+    "DUR": as_ms,
+    "AGE": lambda text: iso(now_ms() - as_ms(text)),
+    "DELAY": lambda text: iso(now_ms() + as_ms(text)),
+    "TIME": lambda text: iso(next_time(text, now_ms())),
+    "DIR": lambda text: utf8(os.path.abspath(os_path(text))),
+    "K=V": pair,
+}
+OPTIONS = {  # metavar -> what else argparse is told
+    "-": {"action": "store_true"},
+    "[JOB]": {"nargs": "?"},
+    "[ID...]": {"nargs": "*"},
+    "DELAY": {"dest": "run_after"},
+    "TIME": {"dest": "run_after"},
+    "K=V": {"action": "append"},
     "STATE": {"action": "append", "choices": STATES},
     "SHELL": {"choices": SHELLS},
-    "FORMAT": {"choices": ("json", "prometheus")},
+    "FORMAT": {"choices": ["prometheus"]},
 }
 GLOBAL = """
     --db PATH      the queue's database (else DB_PATH)
     --socket PATH  the daemon's socket (else SOCKET_PATH)
-    --json         JSON on a terminal too
-    --table        a table in a pipe too"""
+    --json -       JSON on a terminal too
+    --table -      a table in a pipe too"""
 QUIET = """
-    -q --quiet     print ids only"""
+    -q --quiet -   print ids only"""
 JOB = """
     --id ID              default: made of the time
     --priority PRIORITY  -1000 to 1000, higher first
     --delay DELAY        not before so long from now: 90s, 5m
     --at TIME            not before, local time: 03:00, '2026-12-01 10:00'
     --timeout DUR        longest run of an attempt; a command has none unless given
-    --max-retries TRIES  attempts in all
+    --max-retries N      attempts in all
     --cwd DIR            where it runs (default: here)
     --env K=V            added to its environment; may be repeated
-    --clean-env          without the environment of its caller
+    --clean-env -        without the environment of its caller
     --unique KEY         store nothing while an unfinished job has this key"""
 LISTED = """
     --state STATE  only those; may be repeated"""
 CHOSEN = """
     ids [ID...]""" + LISTED + """
-    --all          all that can be"""
+    --all -        all that can be"""
 
 
-def arguments_of(text):
-    """([names], options) for argparse of each line."""
-    for line in filter(str.strip, text.splitlines()):
-        words, _, about = line.strip().partition("  ")
-        *names, last = words.split()
-        name = last.strip("[.]")
-        options = {"help": about.strip(), "metavar": name}
-        if last[0] == "-":
-            names, options = names + [last], {"help": about.strip(), "action": "store_true"}
-        elif names[0][0] == "-":
-            options["action"] = Once
-        elif last != name:
-            options["nargs"] = "*" if "..." in last else "?"
-        yield names, dict(options, **KINDS.get(name, {}))
+def read_argument(metavar, text):
+    """The value that an argument's text stands for."""
+    try:
+        return CHECKS.get(metavar, str)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("%s %s" % (text, error))
+
+
+def print_reply(message, **more):
+    print_compact(reply(message, **more))
 
 
 def act_on(queue, args, states, done, name):
-    """Have the change `name` made to the jobs that are meant, some at a time; their ids."""
+    """Have the change `name` made to the jobs that are meant, all at once those that were named,
+    others some at a time; their ids."""
     if bool(args.ids) + bool(args.state) + args.all != 1:
         raise Usage("name the jobs, or give --state S, or --all")
-    store, count, refused = queue.look(), 0, []
-    if args.ids:
-        ids = [full_id(store, given) for given in args.ids]
-        print_compact(reply(queue.change(name, ids=ids)["message"]))
-        return ids
-    before = iso(now_ms() - args.older_than) if args.older_than else None
-    ids = [job.id for job in store.jobs(store.select(args.state or states, before=before))]
-    for at in range(0, len(ids), STEP):
-        answer = queue.change(name, ids=ids[at:at + STEP], skip=True)
-        count, refused = count + answer["count"], refused + answer["refused"]
-    done = "%s %s" % (plural(count, "job"), done)
+    store, refused = queue.look(), []
+    ids = [full_id(store, given) for given in args.ids] or [
+        job.id for job in store.jobs(store.select(args.state or states, before=args.older_than))]
+    step = len(args.ids) or STEP
+    for at in range(0, len(ids), step):
+        answer = queue.change(name, ids=ids[at:at + step], skip=not args.ids)
+        refused += answer["refused"]
+    done = (answer["message"] if args.ids else
+            "%s %s" % (plural(len(ids) - len(refused), "job"), done))
     if refused:
         raise Failure("%s, %d refused; the first: %s" % (done, len(refused), refused[0]))
-    print_compact(reply(done))
+    print_reply(done)
     return ids
 
 
-def for_people(args):
-    """Whether a result is shown as a table."""
-    return args.table or sys.stdout.isatty() and not args.json
-
-
-def print_value(args, value, lines):
-    """An object as JSON, or `lines` for people."""
-    print_text("\n".join(lines) if for_people(args) else indented(value))
+def print_value(args, value, lines=()):
+    """An object as JSON, or `lines`, else its pairs, for people."""
+    print_text("\n".join(lines or pairs(value)) if args.table else indented(value))
 
 
 def print_rows(args, rows, columns):
     """A list of dicts as JSON, the first column alone with -q, or a table for people."""
     sys.stdout.writelines(
         ("%s\n" % row[columns[0]] for row in rows) if args.quiet else
-        (line + "\n" for line in table(list(rows), columns)) if for_people(args) else
+        (line + "\n" for line in table(rows, columns)) if args.table else
         json_list(rows))
     sys.stdout.flush()
 
@@ -3904,11 +3617,9 @@ def print_rows(args, rows, columns):
 def caller_environment():
     """The environment that a command line's job runs in: all but what belongs to the terminal, the
     session, a service, or a job that we run in."""
-    return {name.decode("utf-8", "surrogateescape"): text.decode("utf-8", "surrogateescape")
-            for name, text in os.environb.items()
-            if not re.fullmatch(rb"TERM|DISPLAY|SSH_.*|XDG_SESSION_.*|_|SHLVL|PWD|OLDPWD|LISTEN_.*"
-                                rb"|WATCHDOG_.*|NOTIFY_SOCKET|INVOCATION_ID|JOURNAL_STREAM"
-                                rb"|QUEUECTL_RUN", name)}
+    return {utf8(name): utf8(text) for name, text in os.environ.items() if not re.fullmatch(
+        "TERM|DISPLAY|SSH_.*|XDG_SESSION_.*|_|SHLVL|PWD|OLDPWD|LISTEN_.*|WATCHDOG_.*|NOTIFY_SOCKET"
+        "|INVOCATION_ID|JOURNAL_STREAM|QUEUECTL_RUN", name)}
 
 
 def working_directory():
@@ -3920,11 +3631,11 @@ def working_directory():
 
 def job_fields(args):
     """What the command line says of a job."""
+    if bool(args.job) == bool(args.argv):
+        raise Usage("one job is needed: a command after --, like: -- make -j4 (or JSON: enqueue)")
     fields = {name: value for name, value in vars(args).items()
               if name in FIELDS and value is not None}
-    if args.argv is not None:
-        if args.job is not None or not args.argv:
-            raise Usage("one command is needed, after --, like: -- make -j4")
+    if args.argv:
         fields["command"] = (args.argv[0] if len(args.argv) == 1
                              else " ".join(map(shell_quote, args.argv)))
         fields.setdefault("timeout", 0)
@@ -3933,75 +3644,68 @@ def job_fields(args):
     return fields
 
 
+def read_job(text, fields):
+    """The job that a JSON text is; `fields`, what the flags say, win."""
+    job = decode_json(text, "the job")
+    return dict(job, **fields) if isinstance(job, dict) else job
+
+
 def warn(answer):
     """Say what keeps a new job from running."""
-    if "paused" in answer:
+    if answer.get("paused"):
         tell("the queue is paused (%s); nothing starts until: queuectl resume" % answer["paused"])
     elif answer.get("workers") == 0:
         tell("no worker runs; start one with: queuectl worker start")
 
 
 def store_one(queue, args, job):
-    """The answer to the job that a command line makes, and whether another holds its key."""
-    environ = None if args.argv is None or args.clean_env else caller_environment()
-    answer = queue.change("enqueue", job=job, cwd=working_directory(), environ=environ)
-    if not args.quiet:
-        warn(answer)
-    return answer, answer["message"] == "Job already queued"
+    """The answer to the job that a command line makes."""
+    environ = caller_environment() if args.argv and not args.clean_env else None
+    return queue.change("enqueue", job=job, cwd=working_directory(), environ=environ)
 
 
-def read_job(job, fields):
-    """The job that a JSON text is; `fields`, what the flags say, win."""
-    job = decode_json(job, "the job") if isinstance(job, (bytes, str)) else job
-    return dict(job, **fields) if isinstance(job, dict) else job
-
-
-def batches(stream):
-    """Lists of (line number, job as bytes, or as an object of one array), each as large as one
-    request may be."""
-    batch, size = [], 0
-    for number, job in enumerate(stream, 1):
-        text = job if isinstance(job, bytes) else compact(job).encode()
-        if text.lstrip()[:1] == b"[" and not batch:
-            yield from batches(decode_json(text + stream.read(), "the array"))
-            return
-        if batch and (len(batch) == BATCH_JOBS or size + len(text) > BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
+def jobs_from(lines):
+    """(which batch, which line, JSON bytes) of each job of a binary stream of JSON Lines, or of one
+    array. A batch is as large as one request may be."""
+    count = size = 0
+    if lines.peek(1)[:1] == b"[":
+        jobs = decode_json(lines.read(), "the array")
+        lines = (compact(job).encode() for job in jobs)
+    for number, text in enumerate(lines, 1):
         if text.strip():
-            batch.append((number, job))
+            yield (count // BATCH_JOBS, size // BATCH_BYTES), number, text
+            count += 1
             size += len(text)
-    if batch:
-        yield batch
 
 
 def enqueue_all(queue, args, fields):
     """Store the jobs from stdin, in batches that are each stored whole or not at all."""
     stored = held = last = 0
-    progress, answer = Drawing(sys.stderr), {}
-    for batch in batches(sys.stdin.buffer):
-        jobs = []
-        try:
-            for _, job in batch:
-                jobs.append(read_job(job, fields))
+    numbers, answer, progress = [1], {}, Drawing(sys.stderr)
+    try:
+        for _, batch in itertools.groupby(jobs_from(open(0, "rb")), lambda row: row[0]):
+            numbers, jobs = [], []
+            for _, number, text in batch:
+                numbers.append(number)
+                jobs.append(read_job(text, fields))
             answer = queue.change("enqueue batch", jobs=jobs, cwd=working_directory())
-        except Failure as error:
-            wrong = len(jobs) if len(jobs) < len(batch) else error.details.get("index", 0)
-            raise Failure("line %d: %s; %s" % (
-                batch[wrong][0], error,
-                "lines 1 to %d are stored" % last if last else "nothing is stored"))
-        last = batch[-1][0]
-        stored, held = stored + answer["count"], held + len(batch) - answer["count"]
-        if args.quiet:
-            print_text("\n".join(answer["ids"]))
-        progress.show(["%d stored" % stored])
+            last = number
+            stored += answer["count"]
+            held += len(jobs) - answer["count"]
+            if args.quiet:
+                print_text("\n".join(answer["ids"]))
+            progress.show(["%d stored" % stored])
+    except Failure as error:
+        raise Failure("line %d: %s; %s" % (
+            numbers[error.details.get("index", -1)], error,
+            "lines 1 to %d are stored" % last if last else "nothing is stored"))
     progress.close()
     warn(answer)
     if not args.quiet:
-        print_compact(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
+        print_reply("Enqueued %s" % plural(stored, "job"), already_queued=held)
 
 
-@subcommand("enqueue", """
+@subcommand("""
     job [JOB]            JSON, - for JSON Lines or an array from stdin, or a command after --"""
             + JOB + QUIET)
 def cmd_enqueue(queue, args):
@@ -4014,21 +3718,20 @@ def cmd_enqueue(queue, args):
     job = job_fields(args)
     if args.job == "-":
         return enqueue_all(queue, args, job)
-    if args.argv is None:
-        if args.job is None:
-            raise Usage("a job is missing: JSON, or a command after --, like: enqueue -- make -j4")
-        job = read_job(args.job if args.job[:1] in "{[\"'" else "0", job)
-    answer, held = store_one(queue, args, job)
+    if args.job:
+        job = read_job(args.job if "{" in args.job else "0", job)  # 0: it is told what a job is
+    answer = store_one(queue, args, job)
+    warn(answer)
     if args.quiet:
         print_text(answer["id"])
-    else:
-        print_compact(reply(answer["message"], id=answer["id"]))
-        tell("id: %s" % answer["id"])
-        if not held:
-            tell("command: %s" % job["command"])
+        return
+    print_reply(answer["message"], id=answer["id"])
+    tell("id: %s" % answer["id"])
+    if answer["message"] == "Job enqueued":
+        tell("command: %s" % job["command"])
 
 
-@subcommand("daemon", """
+@subcommand("""
     --workers N  workers wanted from now on (default: as many as before)
     --grace DUR  how long a stop waits for running jobs, like 30s (default: as long as it takes)""")
 def cmd_daemon(queue, args):
@@ -4040,61 +3743,75 @@ def cmd_daemon(queue, args):
     Daemon(queue.given, args.workers, args.grace).run(announce)
 
 
-class Wait:
-    """Sleeps between two looks of a command that watches, at first but briefly; what is waited for
-    is told after a second, and when it has become another."""
-
-    def __init__(self, step=sleep):
-        self.step = step
-        self.pause_s = 0.01
-        self.hint_at = monotonic() + 1
-        self.told = None
-
-    def __call__(self, what=None):
-        if what and what != self.told and monotonic() > self.hint_at:
+def watch(look, step=sleep):
+    """Call `look` until it returns True. Else it returns what is waited for, which is told after a
+    second, or nothing."""
+    start, told = monotonic(), None
+    for what in iter(look, True):
+        seconds = monotonic() - start
+        if what and what != told and seconds > 1:
             tell("waiting for %s" % what)
-            self.told = what
-        self.step(self.pause_s)
-        self.pause_s = min(self.pause_s * 1.3, POLL_S)
+            told = what
+        step(min(max(seconds / 5, 0.01), POLL_S))
 
 
-@contextmanager
-def watching():
-    """Ctrl-C ends the watching, never the job."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped watching; the jobs go on")
+class Progress(Drawing):
+    """How far the queue, or the jobs `ids` of it, came since now, as a bar on a terminal; `failed`:
+    how many jobs did not complete."""
+
+    def __init__(self, queue, ids=()):
+        super().__init__(sys.stderr)
+        self.queue = queue
+        self.ids = ids
+        self.start = monotonic()
+        self.before = queue.look().totals()
+
+    def look(self):
+        """The number of jobs that have not ended."""
+        store = self.queue.look()
+        totals = store.totals()
+        done, self.failed = (totals[name] - self.before[name]
+                             for name in ("jobs_completed", "jobs_died"))
+        if self.ids:
+            totals = collections.Counter(job.state for job in store.jobs(self.ids, "id"))
+            done, self.failed = totals["completed"], totals["dead"] + totals["cancelled"]
+        left = sum(totals[state] for state in UNFINISHED)
+        ended = done + self.failed
+        self.show([bar(ended, ended + left, self.failed, monotonic() - self.start)])
+        return left
 
 
-@subcommand("daemon stop", """
+@subcommand("""
     --grace DUR  stop jobs that still run after it""")
 def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone.
 
     daemon stop --grace 30s"""
-    daemon, wait, start = queue.place.daemon(), Wait(), monotonic()
+    daemon = queue.place.daemon()
     if not daemon:
         raise NoDaemon(queue.place.db)
-    signals = [0] if args.grace is None else [0, args.grace / 1000.0]  # s after which they are sent
-    while process_start(daemon["pid"]) == daemon["start"]:
-        if signals and monotonic() >= start + signals[0]:
+    force_at = monotonic() + (MAX_MS if args.grace is None else args.grace) / 1000.0
+    os.kill(daemon["pid"], signal.SIGTERM)
+
+    def look():
+        if process_start(daemon["pid"]) != daemon["start"]:
+            return True
+        if monotonic() >= force_at:
             os.kill(daemon["pid"], signal.SIGTERM)
-            del signals[0]
-        wait("running jobs; Ctrl-C ends only the waiting")
-    print_compact(reply("Stopped daemon"))
+        return "running jobs; Ctrl-C ends only the waiting"
+    watch(look)
+    print_reply("Stopped daemon")
 
 
-@subcommand("daemon status")
+@subcommand()
 def cmd_daemon_status(queue, args):
     """Show the daemon's pid, version, paths and workers.
 
     daemon status"""
-    about = about_daemon(queue.look(), now_ms())
-    print_value(args, about, pairs(about))
+    print_value(args, about_daemon(queue.look(), now_ms()))
 
 
-@subcommand("worker start", """
+@subcommand("""
     -c --count COUNT  how many (default 1)""")
 def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many.
@@ -4107,79 +3824,48 @@ def cmd_worker_start(queue, args):
         queue.change("worker start", count=count)
     except NoDaemon:
         tell(start_in_background(place, "--workers", str(count)))
-    print_compact(reply("Started %s" % plural(count, "worker")))
+    print_reply("Started %s" % plural(count, "worker"))
 
 
-@subcommand("worker stop", """
+@subcommand("""
     -c --count COUNT  so many (default: all)
-    --now             stop their jobs, which are then run again""")
+    --now -           stop their jobs, which are then run again""")
 def cmd_worker_stop(queue, args):
     """End workers, each after its current job; they are no longer wanted.
 
     worker stop --count 1 --now"""
-    answer = queue.change("worker stop", count=args.count, now=args.now)
+    answer = queue.change("worker stop", count=args.count, at_once=args.now)
     if answer["jobs"] and not args.now:
         tell("%s to finish first: %s; to stop them: queuectl worker stop --now"
              % (plural(len(answer["jobs"]), "job"), " ".join(answer["jobs"])))
-    print_compact(reply(answer["message"]))
+    print_reply(answer["message"])
 
 
-@subcommand("worker list", QUIET)
+@subcommand(QUIET)
 def cmd_worker_list(queue, args):
     """Show the workers: pid, state, job, and since when.
 
     worker list"""
     now = now_ms()
     workers = workers_of(queue.look(), now)
-    if for_people(args):
+    if args.table:
         workers = [dict(worker, since=age(worker["since"], now)) for worker in workers]
     print_rows(args, workers, ("pid", "state", "since", "attempt", "job"))
 
 
-def course(store, before):
-    """(jobs that are unfinished, that completed, that died) since the totals `before`."""
-    totals = store.totals()
-    return (sum(totals[state] for state in UNFINISHED),
-            totals["jobs_completed"] - before.get("jobs_completed", 0),
-            totals["jobs_died"] - before.get("jobs_died", 0))
-
-
-@subcommand("status", """
-    --watch  show it live until Ctrl-C""")
+@subcommand("""
+    --watch -  show it live until Ctrl-C, where that is a terminal""")
 def cmd_status(queue, args):
     """Show the number of jobs in each state, and of workers.
 
     status --watch"""
-    store = queue.look()
-    if not args.watch:
-        return print_value(args, status_of(store), frame(store, None, now_ms()))
-    drawing, samples, before = Drawing(sys.stdout), collections.deque(maxlen=50), None
-    with watching():
-        while True:
-            samples.append((monotonic(), sum(course(queue.look(), {})[1:])))
-            (start, first), (end, last) = samples[0], samples[-1]
-            lines = list(frame(store, (last - first) / max(end - start, 0.001), now_ms()))
-            drawing.show(lines)
-            if not drawing.able and lines[0] != before:
-                print_text(lines[0])
-            before = lines[0]
-            sleep(POLL_S)
+    store, drawing = queue.look(), Drawing(sys.stdout)
+    if args.watch and drawing.able:
+        watch(lambda: drawing.show(frame(queue.look(), now_ms())))
+    print_value(args, status_of(store, now_ms()), frame(store, now_ms()))
 
 
-def show_jobs(queue, args, states, match=None, limit=None):
-    """Print jobs; for people the newest, and how many more there are."""
-    store, people = queue.look(), for_people(args) and not args.quiet
-    rowids = store.select(states, match, limit=-1 if limit is None else limit)
-    newest = rowids[-20:] if people and limit is None else rowids
-    jobs = (job.public() for job in store.jobs(newest))
-    print_rows(args, job_rows(jobs, now_ms()) if people else jobs,
-               ("id", "state", "age", "tries", "error", "command"))
-    if len(newest) < len(rowids):
-        print_text(pasted("… and %d more; all of them: queuectl list --json"
-                          % (len(rowids) - len(newest))))
-
-
-@subcommand("list", LISTED + """
+@subcommand(LISTED + """
     --match TEXT   in id or command
     --limit N      the newest so many""" + QUIET)
 def cmd_list(queue, args):
@@ -4187,18 +3873,27 @@ def cmd_list(queue, args):
 
     list --state dead --state failed
     list --match backup --limit 5"""
-    show_jobs(queue, args, args.state or (), args.match, args.limit)
+    store = queue.look()
+    rowids = store.select(args.state or (), args.match, limit=args.limit)
+    newest = rowids[-20:] if args.table and args.limit < 0 else rowids
+    jobs = (job.public() for job in store.jobs(newest))
+    print_rows(args, job_rows(jobs, now_ms()) if args.table else jobs,
+               ("id", "state", "age", "tries", "error", "command"))
+    if len(newest) < len(rowids):
+        print_text(pasted("… and %d more; all of them: queuectl list --json"
+                          % (len(rowids) - len(newest))))
 
 
-@subcommand("dlq list", QUIET)
+@subcommand(QUIET)
 def cmd_dlq_list(queue, args):
     """Show the dead jobs.
 
     dlq list -q"""
-    show_jobs(queue, args, ("dead",))
+    args.state = ["dead"]
+    cmd_list(queue, args)
 
 
-@subcommand("show", "id ID")
+@subcommand("\nid ID")
 def cmd_show(queue, args):
     """Show a job with its attempts and what it waits for.
 
@@ -4206,56 +3901,58 @@ def cmd_show(queue, args):
     show hello --json | grep error"""
     store = queue.look()
     job = known_job(store, full_id(store, args.id))
-    told, history = dict(job.public(), waiting_for=waiting_for(store, job, now_ms())), [
-        dict(attempt) for attempt in store.attempts(job.id)]
-    lines = list(pairs(told)) + ["attempts:"] * bool(history) + list(table(
-        history, ("number", "started_at", "finished_at", "error")) if history else ())
-    print_value(args, dict(told, history=history), lines)
+    told = dict(job.public(), waiting_for=waiting_for(store, job, now_ms()))
+    history = store.attempts(job.id)
+    print_value(args, dict(told, history=history), [
+        *pairs(told), "attempts:",
+        *table(history, ("number", "started_at", "finished_at", "error"))])
+
+
+SILENT = float("inf")  # a serial that no attempt reaches
 
 
 class Tail:
-    """Hands on what a job writes, attempt by attempt, from the one with that `serial` on. `say` is
-    told of attempts that failed."""
+    """Hands on what a job writes, attempt by attempt, from the one with that `serial` on."""
 
-    def __init__(self, queue, job_id, say, serial=0):
+    def __init__(self, queue, job_id, serial=0):
         self.queue = queue
         self.job_id = job_id
-        self.say = say
         self.serial = serial
         self.offset = 0  # what is next of that attempt
 
     def hand_on(self, data, start):
-        """Write a piece, bytes as they are; whether there was something."""
+        """Write a piece, bytes as they are."""
         if start > self.offset:
             tell("%d bytes were cut here" % (start - self.offset))
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         self.offset = start + len(data)
-        return bool(data)
 
-    def step(self):
-        """(the Job, whether something was written) of all that was written until now."""
-        store, wrote = self.queue.look(), False
+    def look(self):
+        """Hand on all that was written until now; True at the job's end, else what it waits for."""
+        store = self.queue.look()
         job = known_job(store, self.job_id)
         for attempt in store.attempts(self.job_id):
             if attempt["serial"] > self.serial:
-                self.serial, self.offset = attempt["serial"], 0
+                self.serial = attempt["serial"]
+                self.offset = 0
             if attempt["serial"] == self.serial:
-                wrote = self.hand_on(*output_of(store, attempt, self.offset))
+                self.hand_on(*output_of(store, attempt, self.offset))
                 if attempt["finished_at"]:
-                    self.serial, self.offset = self.serial + 1, 0
+                    self.serial += 1
+                    self.offset = 0
                     if job.state not in FINISHED:
-                        self.say("attempt %d of %d failed: %s; next in %s" % (
+                        tell("attempt %d of %d failed: %s; next in %s" % (
                             job.attempts, job.max_retries, attempt["error"],
-                            lapse(max((job.due or 0) - now_ms(), 0) + 999)))
-        return job, wrote
+                            lapse(max((job.due or 0) - now_ms(), 0) // 1000 * 1000 + 1000)))
+        return job.state in FINISHED or self.serial < SILENT and waiting_for(store, job, now_ms())
 
 
-@subcommand("logs", """
+@subcommand("""
     id ID
-    --attempt N   that attempt (default: the last)
-    -n --lines N  only the last so many lines
-    -f --follow   to the end of the job""")
+    --attempt N    that attempt (default: the last)
+    -n --lines N   only the last so many lines
+    -f --follow -  to the end of the job""")
 def cmd_logs(queue, args):
     """Print what a job wrote, bytes as they were. -f follows it, and waits for it to start.
 
@@ -4266,103 +3963,74 @@ def cmd_logs(queue, args):
     job_id = full_id(store, args.id)
     found = [attempt for attempt in store.attempts(job_id)
              if args.attempt in (None, attempt["number"])][-1:]
-    tail, wait = Tail(queue, job_id, tell, found[0]["serial"] if found else 0), Wait()
-    if args.follow:
-        with watching():
-            job, wrote = tail.step()
-            while job.state not in FINISHED:
-                wrote or wait(waiting_for(store, job, now_ms()))
-                job, wrote = tail.step()
-    elif not found:
-        raise Failure("job %s has %s; see: queuectl show %s" % (
-            job_id, "no such attempt" if args.attempt else
-            "not run yet; follow it with: queuectl logs -f " + job_id, job_id))
-    else:
-        data, start = output_of(store, found[0], 0)
+    if not (found or args.follow):
+        raise Failure("job %s has no such attempt yet; to wait for it: queuectl logs -f %s"
+                      % (job_id, job_id))
+    tail = Tail(queue, job_id)
+    for attempt in found:
+        tail.serial = attempt["serial"]
+        data, start = output_of(store, attempt, 0)
         if args.lines is not None:
-            kept = b"".join(data.splitlines(True)[len(data.splitlines()) - args.lines:]
-                            if args.lines < len(data.splitlines()) else [data])
+            kept = b"".join(data.splitlines(True)[-args.lines or len(data):])
             tail.offset = start = start + len(data) - len(kept)
             data = kept
         tail.hand_on(data, start)
+    if args.follow:
+        watch(tail.look)
 
 
-def failure_of(job_id, state, exit_code, error):
+def failure_of(job):
     """The Failure for a job that did not complete, with its exit code, 125 if it has none."""
     failure = Failure("job %s %s: %s; see: queuectl logs %s" % (
-        job_id, "died" if state == "dead" else "was " + state, error, job_id))
-    failure.exit_code = exit_code or 125
+        job.id, "died" if job.state == "dead" else "was " + job.state, job.error, job.id))
+    failure.exit_code = job.exit_code or 125
     return failure
 
 
-@subcommand("wait", "ids [ID...]  default: until the queue is empty")
+@subcommand("\nids [ID...]  default: until the queue is empty")
 def cmd_wait(queue, args):
     """Wait until jobs have ended. One id: exits with the job's exit code (125 if it has none);
     several, or none given: 0 all completed, 1 not. For a limit there is timeout(1).
 
     wait hello
     timeout 10m queuectl wait job-1 job-2"""
-    store, ended, left = queue.look(), {}, 1
-    ids = list(dict.fromkeys(full_id(store, given) for given in args.ids))
-    before, drawing, start, wait = store.totals(), Drawing(sys.stderr), monotonic(), Wait()
-    with watching():
-        while left:
-            left, done, failed = course(queue.look(), before)
-            if ids:
-                ended.update((job_id, end) for job_id, *end in store.ends(ids) if end[0] in FINISHED)
-                failed = sum(end[0] != "completed" for end in ended.values())
-                left, done = len(ids) - len(ended), len(ended) - failed
-            drawing.show([bar(done + failed, left + done + failed, failed, monotonic() - start)])
-            if left:
-                wait(hindrance(store))
-    drawing.close()
-    if failed and len(ids) == 1:
-        raise failure_of(ids[0], *ended[ids[0]])
-    if failed:
-        raise Failure("%s did not complete; see: queuectl list --state dead" % plural(failed, "job"))
-    print_compact(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty"))
-
-
-def own_pool(queue, ending, count, only=None):
-    """A Pool of this process's own, which a signal wakes."""
-    pool = Pool(queue.store(), count, only)
-    pool.watch(ending.fd, int)
-    return pool
+    store = queue.look()
+    ids = list({full_id(store, given) for given in args.ids})
+    progress = Progress(queue, ids)
+    watch(lambda: progress.look() == 0 or hindrance(store))
+    progress.close()
+    if progress.failed:
+        raise failure_of(known_job(store, ids[0])) if len(ids) == 1 else Failure(
+            "%s did not complete; see: queuectl list --state dead" % plural(progress.failed, "job"))
+    print_reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty")
 
 
 def attend(queue, job_id, ending, tail):
-    """See a job through, by a worker of our own while nobody else works it; the Job. A signal, or a
-    reader that has gone, cancels it; another signal, not at once, ends the waiting."""
-    pool, wait, heard_at = None, Wait(lambda s: select.select([ending.fd], (), (), s)), None
-    while True:
+    """See a job through, by a worker of our own while nobody else works it. A signal, or a reader
+    that has gone, cancels it."""
+    pool = Pool(queue.store(), only=[job_id])
+    pool.watch(ending.fd, int)
+
+    def look():
+        waits = False
         try:
-            job, wrote = tail.step() if tail else (known_job(queue.look(), job_id), False)
+            waits = tail.look()
         except OSError:
-            tail, ending.numbers = None, [signal.SIGPIPE]
-            continue
-        if job.state in FINISHED:
-            break
+            tail.serial = SILENT
+            ending.numbers = [signal.SIGPIPE]
         if ending.take():
-            if heard_at is None:
-                queue.change("cancel", ids=[job_id], skip=True)
-                heard_at = monotonic()
-            elif monotonic() > heard_at + TWICE_S:
-                raise Failure("job %s is left as it is; see: queuectl show %s" % (job_id, job_id))
-        if pool is None and not is_worked(queue.look(), job_id):
-            pool = own_pool(queue, ending, 1, [job_id])
-            wait.step = pool.step
-        if pool and (job.ready or job.due and job.due <= now_ms()):
-            pool.look_at = 0.0
-        wrote or wait(tail and waiting_for(queue.look(), job, now_ms()))
-    if pool:  # for the `on-dead` job
-        pool.own = []
-        while pool.workers:
-            pool.step()
-    return job
+            queue.change("cancel", ids=[job_id], skip=True)
+        if not (pool.own or is_worked(queue.look(), job_id)):
+            pool.own = [MAX_WORKERS + 1]
+        return waits
+    watch(look, pool.step)
+    pool.own = []
+    while pool.workers:  # with the `on-dead` job
+        pool.step()
 
 
-@subcommand("run", JOB + """
-    --quiet              print nothing unless the job dies""")
+@subcommand(JOB + """
+    --quiet -            print nothing unless the job dies""")
 def cmd_run(queue, args):
     """Enqueue a command, wait, hand on its output and exit code. For crontabs. Where nobody works
     it works its own job. Ctrl-C or SIGTERM cancels the job; with --unique and the key held nothing
@@ -4370,28 +4038,30 @@ def cmd_run(queue, args):
 
     run --quiet --unique backup --timeout 2h -- /usr/local/bin/backup
     run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"""
-    if args.argv is None:
-        raise Usage("a command is missing, after --, like: run --quiet -- make")
-    say, ending, queue.note = silent if args.quiet else tell, Ending(), silent
-    answer, held = store_one(queue, args, job_fields(args))
+    fields = job_fields(args)
+    ending = Ending()
+    queue.note = silent
+    answer = store_one(queue, args, fields)
     job_id = answer["id"]
-    if held:
-        say("job %s has this key and is unfinished; nothing was started" % job_id)
-        if not is_worked(queue.look(), job_id):  # its `run`, or its daemon, is gone
-            attend(queue, job_id, ending, None)
+    held = answer["message"] != "Job enqueued"
+    if held and not args.quiet:
+        tell("job %s has this key and is unfinished; nothing was started" % job_id)
+    if held and is_worked(queue.look(), job_id):  # else its `run`, or its daemon, is gone
         return 0
-    job = attend(queue, job_id, ending, None if args.quiet else Tail(queue, job_id, tell))
-    if job.state == "completed":
+    tail = Tail(queue, job_id, SILENT if held or args.quiet else 0)
+    attend(queue, job_id, ending, tail)
+    store = queue.look()
+    job = known_job(store, job_id)
+    if held or job.state == "completed":
         return 0
-    if args.quiet:
-        last = [attempt["serial"] for attempt in queue.look().attempts(job_id)][-1:]
-        Tail(queue, job_id, silent, *last).step()
-    failure = failure_of(job_id, job.state, job.exit_code, job.error)
+    for attempt in store.attempts(job_id)[-1:] * args.quiet:
+        tail.hand_on(*output_of(store, attempt, 0))
+    failure = failure_of(job)
     tell(str(failure))
     return 130 if ending.first == signal.SIGINT else failure.exit_code
 
 
-@subcommand("drain", """
+@subcommand("""
     -c --count COUNT  so many workers (default 1)""")
 def cmd_drain(queue, args):
     """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
@@ -4399,26 +4069,27 @@ def cmd_drain(queue, args):
 
     drain --count 4"""
     ending, store = Ending(), queue.store()
-    before, start, drawing = store.totals(), monotonic(), Drawing(sys.stderr)
-    pool = own_pool(queue, ending, args.count or 1)
-    while pool.workers or not pool.stopping:
-        pool.step()
-        left, done, died = course(store, before)
-        drawing.show([bar(done + died, left + done + died, died, monotonic() - start)])
+    progress, pool = Progress(queue), Pool(store, args.count or 1)
+    pool.watch(ending.fd, int)
+
+    def look():
+        progress.look()
         if ending.take():
             (pool.force if pool.stopping else pool.stop)()
         elif not store.unsettled(now_ms()):
             pool.stop()
-    drawing.close()
+        return pool.stopping and not pool.workers
+    watch(look, pool.step)
+    progress.close()
     if ending.first:
-        raise (KeyboardInterrupt if ending.first == signal.SIGINT else Failure)(
-            "stopped before the queue was drained; the rest is kept")
-    if died:
-        raise Failure("%s died; see: queuectl dlq list" % plural(died, "job"))
-    print_compact(reply("Queue drained"))
+        tell("stopped before the queue was drained; the rest is kept")
+        return 130 if ending.first == signal.SIGINT else 1
+    if progress.failed:
+        raise Failure("%s died; see: queuectl dlq list" % plural(progress.failed, "job"))
+    print_reply("Queue drained")
 
 
-@subcommand("retry", CHOSEN)
+@subcommand(CHOSEN)
 def cmd_retry(queue, args):
     """Run jobs that have ended again; have failed ones tried now.
 
@@ -4427,9 +4098,9 @@ def cmd_retry(queue, args):
     act_on(queue, args, FINISHED + ("failed",), "added to queue", "retry")
 
 
-@subcommand("dlq retry", """
+@subcommand("""
     ids [ID...]
-    --all  all dead jobs""")
+    --all -    all dead jobs""")
 def cmd_dlq_retry(queue, args):
     """Queue dead jobs again, their attempts back at 0.
 
@@ -4438,31 +4109,23 @@ def cmd_dlq_retry(queue, args):
     act_on(queue, args, ("dead",), "added to queue", "dlq retry")
 
 
-def settle_open(queue):
-    """Where no daemon does it: stop and record the attempts whose worker is gone."""
-    store = queue.store()
-    if not store.place.daemon() and set(store.open_slots()) - set(store.place.slots()):
-        pool = Pool(store)
-        pool.look()
-        while pool.workers:
-            pool.step()
-
-
-@subcommand("cancel", CHOSEN)
+@subcommand(CHOSEN)
 def cmd_cancel(queue, args):
     """Cancel jobs: waiting ones at once, running ones when all their processes are stopped.
 
     cancel hello
     cancel --state pending"""
-    ids, wait = act_on(queue, args, UNFINISHED, "cancelled", "cancel"), Wait()
-    with watching():
-        while any(row[1] == "processing" for row in queue.look().ends(ids)):
-            settle_open(queue)
-            wait("running jobs to stop")
+    ids = act_on(queue, args, UNFINISHED, "cancelled", "cancel")
+
+    def look():
+        states = [job.state for job in queue.look().jobs(ids, "id")]
+        return "processing" not in states or "running jobs to stop"
+    if look() is not True:
+        watch(look, Pool(queue.store()).step)  # it stops those whose worker is gone
 
 
-@subcommand("delete", CHOSEN + """
-    --older-than DUR  only those that ended so long ago""")
+@subcommand(CHOSEN + """
+    --older-than AGE  only those that ended so long ago""")
 def cmd_delete(queue, args):
     """Delete jobs that have ended, with their attempts and output.
 
@@ -4471,7 +4134,7 @@ def cmd_delete(queue, args):
     act_on(queue, args, FINISHED, "deleted", "delete")
 
 
-@subcommand("pause", """
+@subcommand("""
     --reason TEXT  shown by status""")
 def cmd_pause(queue, args):
     """Start nothing new; running jobs go on. Kept over restarts.
@@ -4480,7 +4143,7 @@ def cmd_pause(queue, args):
     print_compact(queue.change("pause", reason=args.reason))
 
 
-@subcommand("resume")
+@subcommand()
 def cmd_resume(queue, args):
     """End the pause.
 
@@ -4488,7 +4151,7 @@ def cmd_resume(queue, args):
     print_compact(queue.change("resume"))
 
 
-@subcommand("config set", """
+@subcommand("""
     key KEY      see: config list
     value VALUE""")
 def cmd_config_set(queue, args):
@@ -4499,10 +4162,10 @@ def cmd_config_set(queue, args):
     answer = queue.change("config set", key=args.key, value=args.value)
     if args.key in DURATIONS:
         tell("%s: %s" % (args.key, lapse(answer["value"])))
-    print_compact(reply(answer["message"]))
+    print_reply(answer["message"])
 
 
-@subcommand("config get", "key KEY  see: config list")
+@subcommand("\nkey KEY  see: config list")
 def cmd_config_get(queue, args):
     """Show a setting.
 
@@ -4511,29 +4174,28 @@ def cmd_config_get(queue, args):
     print_compact(queue.look().settings[args.key])
 
 
-@subcommand("config list")
+@subcommand()
 def cmd_config_list(queue, args):
     """Show all settings.
 
     config list"""
-    settings = queue.look().settings
-    print_value(args, settings, pairs(settings))
+    print_value(args, queue.look().settings)
 
 
-@subcommand("metrics", """
-    --format FORMAT  json, or prometheus for its collectors""")
+@subcommand("""
+    --format FORMAT  prometheus: for its collectors""")
 def cmd_metrics(queue, args):
     """Show counters and run times.
 
     metrics --format prometheus >queuectl.prom"""
     metrics = metrics_of(queue.look(), now_ms())
-    if args.format == "prometheus":
-        print_text("\n".join(exposition(metrics)))
+    if args.format:
+        print_text(exposition(metrics))
     else:
-        print_value(args, metrics, pairs(metrics))
+        print_value(args, metrics)
 
 
-@subcommand("check", """
+@subcommand("""
     --max-pending N   most pending jobs
     --max-dead N      most dead jobs
     --max-age DUR     longest that a ready job may have waited, like 10m
@@ -4545,28 +4207,26 @@ def cmd_check(queue, args):
 
     check --max-dead 0 --max-age 10m
     check --completed backup- --within 26h"""
-    if (args.completed is None) != (args.within is None):
+    if bool(args.completed) != bool(args.within):
         raise Usage("--completed and --within go together")
-    limits = {"pending": args.max_pending, "dead": args.max_dead, "workers": None,
-              "age": args.max_age and args.max_age // 1000}
+    limits = {"pending": args.max_pending, "dead": args.max_dead, "age": args.max_age}
     status, line = judge(queue.existing(), limits, args.completed, args.within, now_ms())
     print_text(line)
     return status
 
 
-@subcommand("backup", "file FILE  one that does not exist yet")
+@subcommand("\nfile FILE  one that does not exist yet")
 def cmd_backup(queue, args):
     """Copy the database while jobs run. The copy holds all that was acknowledged before, is
     checked, 0600, and a queue like any other: DB_PATH=FILE.
 
     backup /var/backups/queue-$(date +%F).db"""
-    store = queue.existing()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half of it is left
-    count = back_up(store, os.path.abspath(os_path(args.file)))
-    print_compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
+    count = back_up(queue.existing(), os.path.abspath(os_path(args.file)))
+    print_reply("Backed up %s to %s" % (plural(count, "job"), args.file))
 
 
-@subcommand("doctor")
+@subcommand()
 def cmd_doctor(queue, args):
     """Look for what is or will be wrong, and say what to do about it. Nothing is changed. Exit 0
     if all is well, 1 if not.
@@ -4574,16 +4234,14 @@ def cmd_doctor(queue, args):
     doctor
     --db /srv/q.db doctor"""
     findings = diagnose(queue)
-    wrong = ["%(check)s: %(detail)s; %(advice)s" % finding for finding in findings
+    wrong = [pasted("%(check)s: %(detail)s; %(advice)s" % finding) for finding in findings
              if not finding["ok"]]
-    print_value(args, findings, map(pasted, wrong or ["ok"]))
-    for line in () if for_people(args) else wrong:
-        tell(line)
-    return int(bool(wrong))
+    print_value(args, findings, wrong or ["ok"])
+    return bool(wrong)
 
 
-@subcommand("systemd", """
-    --user  for your own systemd instance""")
+@subcommand("""
+    --user -  for your own systemd instance""")
 def cmd_systemd(queue, args):
     """Print a systemd unit that serves this queue with this file. Jobs run as the user who asks,
     and have 80 s to end when it is stopped.
@@ -4591,20 +4249,9 @@ def cmd_systemd(queue, args):
     systemd | sudo tee /etc/systemd/system/queuectl.service
     systemd --user >~/.config/systemd/user/queuectl.service"""
     print_text(systemd_unit(queue.given, args.user))
-    tell("save it as %s/queuectl.service, then: systemctl%s daemon-reload; systemctl%s enable --now"
-         " queuectl" % (("~/.config/systemd/user", " --user", " --user") if args.user
-                        else ("/etc/systemd/system", "", "")))
-
-
-def manual(name):
-    """(help, examples) of a command."""
-    about, _, examples = re.sub("\n +", "\n", COMMANDS[name][0].__doc__).partition("\n\n")
-    return about, ["  queuectl " + example for example in examples.split("\n")]
-
-
-def summary(name):
-    """The first sentence of a command's help."""
-    return manual(name)[0].replace("\n", " ").partition(". ")[0].rstrip(".")
+    tell("save it as {0}/queuectl.service, then: {1} daemon-reload; {1} enable --now queuectl"
+         .format(*(("~/.config/systemd/user", "systemctl --user") if args.user
+                   else ("/etc/systemd/system", "systemctl"))))
 
 
 def split(argv):
@@ -4615,37 +4262,38 @@ def split(argv):
     return argv[:at], argv[at:]
 
 
-def words_at(queue, before, word):
-    """What may stand as `word` after the words of a command line."""
-    line = " ".join(before)
-    if before[-1:] == ["--state"]:
-        return STATES
-    if word[:1] == "-" or before[-1:] == ["--format"]:
-        arguments = [text for name, (_, text) in COMMANDS.items() if line.startswith(name)]
-        return re.findall(r"(?<= )--?[a-z-]+|prometheus", GLOBAL + "".join(arguments) + " --version")
-    found = {name[len(line):].split()[0] for name in COMMANDS
-             if name.startswith(line + " " * bool(line))}
-    if before[:1] == ["config"]:
-        return found or SETTINGS
-    if before[:1] == ["completion"]:
-        return SHELLS
-    store = queue.look()
-    return found or [job.id for job in store.jobs(store.select(limit=200))]
+OFFERED = {  # a word -> what may follow it
+    "--state": STATES, "--format": ["prometheus"], "completion": SHELLS,
+    "get": SETTINGS, "set": SETTINGS}
 
 
-@subcommand("completion", "shell SHELL  the shell to complete in")
+@subcommand("\nshell SHELL  the shell to complete in")
 def cmd_completion(queue, args):
     """Print what makes Tab complete commands, flags, states, settings and ids.
 
     completion bash >~/.local/share/bash-completion/completions/queuectl
     completion fish >~/.config/fish/completions/queuectl.fish"""
-    if args.argv is None:
-        print_text(SHELLS[args.shell] % CALL)
-        return 0
-    *before, word = split(args.argv or [""])[1] or args.argv
-    found = [one for one in sorted(words_at(queue, before, word)) if one.startswith(word)]
+    if not args.argv:
+        return print_text(SHELLS[args.shell] % called())
+    *before, word = split(args.argv)[1] or args.argv
+    line, store = " ".join(before), queue.look()
+    found = OFFERED.get(line.rpartition(" ")[2]) or re.findall(
+        r"^%s\b *(\S+)" % re.escape(line), "\n".join(COMMANDS), re.M) or [
+            job.id for job in store.jobs(store.select(limit=200))]
+    if word[:1] == "-":
+        found = re.findall("(?<= )--?[a-z-]+", " --version" + GLOBAL + "".join(
+            text for name, (_, text) in COMMANDS.items() if line.startswith(name)))
+    found = {one for one in found if one.startswith(word)}
     sys.stdout.writelines(one + "\n" for one in found)
-    return int(not found)
+    return not found
+
+
+@subcommand()
+def cmd_(queue, args):
+    """Durable job queues. Without a command it shows what runs, waits and died."""
+    print_text("%s\n\nusual commands: enqueue -- CMD, worker start, list, show ID, logs -f ID, dlq"
+               " retry ID, doctor\nall of them: %s --help"
+               % ("\n".join(frame(queue.look(), now_ms())), called()))
 
 
 # ---- Main ---------------------------------------------------------------------------------------
@@ -4659,117 +4307,86 @@ class Parser(argparse.ArgumentParser):
         raise Usage("%s; see: %s --help" % (message, self.prog))
 
 
-def new_parser(name="", arguments="", **options):
+def manual(name):
+    """(help, examples) of a command; the program has an example of each."""
+    about, _, examples = COMMANDS[name][0].__doc__.replace("\n    ", "\n").partition("\n\n")
+    if not name:
+        return about, "\n".join("%s\n%s" % (about.partition(".")[0], lines.partition("\n")[0])
+                                for about, lines in map(manual, filter(None, COMMANDS)))
+    return about, "  queuectl " + examples.replace("\n", "\n  queuectl ")
+
+
+def new_parser(name):
+    about, examples = manual(name)
     # A width, or each parser would import shutil to ask the terminal, help or no help.
     layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=78)
     parser = Parser(prog=("queuectl " + name).strip(), formatter_class=layout, allow_abbrev=False,
-                    **options)
-    parser.set_defaults(argv=None, job=None, state=None, quiet=False, older_than=None)
-    for names, more in arguments_of(GLOBAL + arguments):
-        parser.add_argument(*names, **more)
+                    description=about, epilog="examples:\n" + examples)
+    parser.add_argument("--version", action="version", version="queuectl " + VERSION)
+    parser.set_defaults(job=None, state=None, quiet=False, older_than=None, match=None, limit=-1)
+    for line in (GLOBAL + COMMANDS[name][1]).strip().split("\n"):
+        call, _, about = line.strip().partition("  ")
+        *names, metavar = call.split()
+        options = dict(OPTIONS.get(metavar, {}), help=about)
+        if metavar != "-":
+            options.update(metavar=metavar.strip("[.]"),
+                           type=functools.partial(read_argument, metavar))
+        parser.add_argument(*names, **options)
     return parser
-
-
-def overview(prefix=""):
-    return "commands:\n" + "\n".join("  %-15s %s" % (name, summary(name)) for name in COMMANDS
-                                     if name.startswith(prefix))
-
-
-def cmd_overview(queue, args):
-    """What `queuectl` alone shows."""
-    print_text("\n".join(frame(queue.look(), None, now_ms())))
-    print_text("\nusual commands: enqueue -- CMD, worker start, list, show ID, logs -f ID, dlq retry"
-               " ID, doctor\nall of them: %s --help" % CALL)
-
-
-def parse_without(flags, words):
-    """(function, arguments) of a line without a command; a word that is none, or only the first of
-    some, like dlq, is an error that tells what is near."""
-    known = [name for name in COMMANDS if name.startswith(" ".join(words[:1] + [""]))]
-    if not words or known and set(words) & {"-h", "--help"}:
-        example = "\n".join(manual(name)[1][0] for name in known) if words else (
-            __doc__.split("\n\n")[1] + "\n\nqueuectl COMMAND --help tells more.")
-        parser = new_parser(" ".join(words[:1]), description=__doc__.partition("\n\n")[0], epilog=(
-            overview(" ".join(words[:1])) + "\n\nexamples:\n" + example))
-        parser.add_argument("--version", action="version", version="queuectl " + VERSION)
-        return cmd_overview, parser.parse_args(flags + words[1:])
-    import difflib
-    given = " ".join(words[:2] if known else words[:1])
-    near = difflib.get_close_matches(given, COMMANDS, 1)
-    raise Usage("unknown command %s; %s" % (
-        given, "did you mean: queuectl " + near[0] if near and len(words) > bool(known)
-        else "known are " + ", ".join(known or COMMANDS)))
 
 
 def parse(flags, words):
     """(function, arguments) of a command line; its parser is the only one that is made."""
-    name = next((name for name in (" ".join(words[:2]), " ".join(words[:1])) if name in COMMANDS), "")
-    if not name:
-        return parse_without(flags, words)
-    (function, arguments), (about, examples) = COMMANDS[name], manual(name)
-    rest, argv = words[len(name.split()):], None
-    if "--" in rest and name in ("enqueue", "run", "completion"):
-        rest, argv = rest[:rest.index("--")], rest[rest.index("--") + 1:]
-    parser = new_parser(name, "\n" + arguments, description=about,
-                        epilog="\n".join(["examples:"] + examples))
-    args = parser.parse_args(flags + rest)
-    args.argv = argv
-    return function, args
+    name = next(one for one in map(" ".join, (words[:2], words[:1], [])) if one in COMMANDS)
+    if words and not name and "--help" not in words:
+        import difflib
+        raise Usage("unknown command %s; did you mean: queuectl %s" % (
+            words[0], " or ".join(difflib.get_close_matches(words[0], COMMANDS, 3, 0))))
+    end = (words + ["--"]).index("--") if name in ("enqueue", "run", "completion") else len(words)
+    args = new_parser(name).parse_args(flags + words[len(name.split()):end])
+    args.argv = words[end + 1:]
+    args.table = (args.table or sys.stdout.isatty() and not args.json) and not args.quiet
+    return COMMANDS[name][0], args
 
 
 def prepare_stdio():
     """Open descriptors 0 to 2, or the lock could become one of them; write UTF-8 whatever the
     locale."""
-    import io
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # becomes this very one
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-        elif name != "stdin":
-            setattr(sys, name, io.TextIOWrapper(
-                getattr(sys, name).detach(), "utf-8", "backslashreplace",
-                line_buffering=name == "stderr"))
+    fd = 0
+    while fd < 3:  # it becomes the lowest one that is free
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    sys.stdout = open(1, "w", -1, "utf-8", "backslashreplace", closefd=False)
+    sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)
 
 
-def complain(words, problem, status):
+def complain(words, error):
     """Say what went wrong, in one line; the exit status. `check` has its own form of both."""
+    problem = str(error)
     if words[:1] == ["check"]:
         with suppress(OSError):
             print_text("UNKNOWN - %s" % problem.replace("|", "/"))
         return 3
-    plain = sys.stderr.isatty() and "--json" not in sys.argv
-    tell("Error: " + problem if plain else
-         compact({"success": False, "message": "Error: %s" % pasted(problem)}))
-    return status
+    if not isinstance(error, BrokenPipeError):  # who reads has enough
+        tell("Error: " + problem if sys.stderr.isatty() and "--json" not in sys.argv else
+             compact({"success": False, "message": "Error: %s" % pasted(problem)}))
+    return getattr(error, "exit_code", 1)
 
 
 def main(argv):
     """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
-    flags, words = split([utf8(argument) for argument in argv])
-    queue = None
+    flags, words = split(list(map(utf8, argv)))
     try:
         function, args = parse(flags, words)
         place = locate(args.db, args.socket)
         call_as(utf8(sys.argv[0]), args.db and utf8(place.db))
-        queue = Queue(place, tell)
-        return function(queue, args) or 0
-    except Failure as error:
-        return complain(words, str(error), error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        tell(str(interrupt) or "interrupted")
+        with closing(Queue(place, tell)) as queue:
+            return function(queue, args) or 0
+    except (Failure, OSError) as error:
+        return complain(words, error)
+    except KeyboardInterrupt:
+        tell("interrupted; the jobs go on")
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at exit
-        return 3 if words[:1] == ["check"] else 1
-    except OSError as error:
-        return complain(words, safe(str(error)), 1)
-    finally:
-        if queue:
-            queue.close()
 
 
 def run_script():
@@ -4780,14 +4397,13 @@ def run_script():
         prepare_stdio()
         status = main(sys.argv[1:])
     except SystemExit as ending:  # argparse, after its help
-        status = ending.code or 0
+        status = ending.code
     except BaseException:
         import traceback
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(status)
 
 
