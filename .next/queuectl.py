@@ -322,7 +322,7 @@ def others_can_write(status):
 def check_ours(path, status, is_kind=stat.S_ISREG):
     """Refuse what is no regular file, or no directory, of ours that only we can write."""
     if not is_kind(status.st_mode) or status.st_uid != os.geteuid():
-        raise Failure("%s is not a plain file or directory of yours (%s, uid %d); move it away, or"
+        raise Failure("%s is not a plain file or directory of yours (%s, uid %d); run as its owner, or"
                       " give another --db" % (path, stat.filemode(status.st_mode), status.st_uid))
     if others_can_write(status):
         raise Failure("%s can be written by others; give another --db, or, if none of them needs it,"
@@ -456,7 +456,7 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
 
     def file(self, name):
         """A path in DB-run: "lock", "w.1", 17 …; "": DB-run itself."""
-        return os.path.join(self.db + "-run", str(name))
+        return ("%s-run/%s" % (self.db, name)).rstrip("/")  # a link would be followed for its slash
 
     def exists(self):
         """Whether there is a queue here."""
@@ -469,7 +469,7 @@ class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
             if self.db_given:
                 raise Failure("no directory %s for %s; make it, or give another --db"
                               % (folder, self.db))
-            private_directory(folder)
+            return  # it will be made, with DB-run
         if os.geteuid() == 0:  # another is the user's affair
             check_ours(folder, os.stat(folder), stat.S_ISDIR)
         if re.match(NETWORKS, file_system(folder)):
@@ -845,162 +845,95 @@ def reason_of(wish, same_boot, began):
 
 
 # ---- Schema -------------------------------------------------------------------------------------
-# Numbered migrations, each run in one transaction: statements with an empty line between them.
-# Released ones are never edited: add another. jobs, config and metrics begin as the original
-# QueueCTL made them, so its databases open here. A row that another program inserts has due = 0,
-# and is checked by whoever writes next.
+# Numbered migrations, each run in one transaction: a statement begins with the word CREATE, ALTER or
+# INSERT at the start of a line. Released ones are never edited: add another. jobs, config and metrics
+# begin as the original QueueCTL made them, so its databases open here. A row that another program
+# inserts has due = 0, and is checked by whoever writes next.
 # Not partial indexes (SQLite 3.8) nor WITHOUT ROWID (3.8.2): 3.7.17 has neither.
 
 MIGRATIONS = ("""
 CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY,
-    command TEXT NOT NULL,
-    state TEXT DEFAULT 'pending',
-    attempts INT DEFAULT 0,
-    max_retries INT DEFAULT 3,
-    created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
-    updated_at DATETIME DEFAULT CURRENT_TIMESTAMP,
-    locked_at DATETIME,
-    timeout INT DEFAULT 5000,
-    run_after DATETIME DEFAULT CURRENT_TIMESTAMP,
-    priority INT DEFAULT 0,
-    started_at DATETIME)
-
+    id TEXT PRIMARY KEY, command TEXT NOT NULL, state TEXT DEFAULT 'pending', attempts INT DEFAULT 0,
+    max_retries INT DEFAULT 3, created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
+    updated_at DATETIME DEFAULT CURRENT_TIMESTAMP, locked_at DATETIME, timeout INT DEFAULT 5000,
+    run_after DATETIME DEFAULT CURRENT_TIMESTAMP, priority INT DEFAULT 0, started_at DATETIME)
 CREATE TABLE IF NOT EXISTS config (key TEXT PRIMARY KEY, value TEXT)
-
 CREATE TABLE IF NOT EXISTS metrics (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    daemon_startup DATETIME DEFAULT CURRENT_TIMESTAMP,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, daemon_startup DATETIME DEFAULT CURRENT_TIMESTAMP,
     total_commands INT DEFAULT 0)
 
 ALTER TABLE jobs ADD COLUMN finished_at TEXT
-
 ALTER TABLE jobs ADD COLUMN exit_code INTEGER
-
 ALTER TABLE jobs ADD COLUMN error TEXT
-
 ALTER TABLE jobs ADD COLUMN cwd TEXT
-
 ALTER TABLE jobs ADD COLUMN env TEXT
-
 ALTER TABLE jobs ADD COLUMN environ TEXT
-
 ALTER TABLE jobs ADD COLUMN 'unique' TEXT
-
 ALTER TABLE jobs ADD COLUMN 'group' TEXT
-
 ALTER TABLE jobs ADD COLUMN due INTEGER DEFAULT 0
-
 ALTER TABLE jobs ADD COLUMN ready INTEGER
-
 ALTER TABLE jobs ADD COLUMN own INTEGER DEFAULT 0
-
 ALTER TABLE jobs ADD COLUMN runs INTEGER DEFAULT 0
-
 ALTER TABLE jobs ADD COLUMN serial INTEGER
-
 CREATE INDEX jobs_ready ON jobs (ready, priority DESC)
-
 CREATE INDEX jobs_group ON jobs (ready, "group", priority DESC)
-
 CREATE INDEX jobs_due ON jobs (due)
-
 CREATE INDEX jobs_finished ON jobs (state, finished_at)
 
--- The open attempts. That slot and job are unique is promise 2: nothing runs twice at once.
-CREATE TABLE running (
-    slot INTEGER PRIMARY KEY,
-    job TEXT NOT NULL UNIQUE,
+CREATE TABLE running (  -- the open attempts
+    slot INTEGER PRIMARY KEY,        -- that this and the next are unique is promise 2: nothing runs
+    job TEXT NOT NULL UNIQUE,        -- twice at once
     serial INTEGER NOT NULL,
     boot TEXT NOT NULL,
-    started_at INTEGER NOT NULL,  -- ms
-    wish TEXT NOT NULL DEFAULT '')  -- or 'cancel', 'give back'
-
+    started_at INTEGER NOT NULL,     -- ms
+    wish TEXT NOT NULL DEFAULT '')   -- or 'cancel', 'give back'
 CREATE TABLE attempts (
-    serial INTEGER PRIMARY KEY,
-    job TEXT NOT NULL,
-    number INTEGER NOT NULL,
-    worker INTEGER,
-    started_at TEXT,
-    finished_at TEXT,
-    ms INTEGER NOT NULL,
-    exit_code INTEGER,
-    signal TEXT,
-    error TEXT,
-    dropped INTEGER NOT NULL,
-    output BLOB)
-
+    serial INTEGER PRIMARY KEY, job TEXT NOT NULL, number INTEGER NOT NULL, worker INTEGER,
+    started_at TEXT, finished_at TEXT, ms INTEGER NOT NULL, exit_code INTEGER, signal TEXT, error TEXT,
+    dropped INTEGER NOT NULL, output BLOB)
 CREATE INDEX attempts_job ON attempts (job)
-
--- What a job waits for; a row goes when that has completed.
-CREATE TABLE after (
-    job TEXT NOT NULL,
-    needs TEXT NOT NULL,
-    PRIMARY KEY (job, needs))
-
+CREATE TABLE after (  -- what a job waits for; a row goes when that has completed
+    job TEXT NOT NULL, needs TEXT NOT NULL, PRIMARY KEY (job, needs))
 CREATE INDEX after_needs ON after (needs)
 
--- The last job that was given a key; it holds it while it is unfinished.
-CREATE TABLE unique_keys (key TEXT PRIMARY KEY, job TEXT NOT NULL)
-
+CREATE TABLE unique_keys (  -- the last job that was given a key holds it while it is unfinished
+    key TEXT PRIMARY KEY, job TEXT NOT NULL)
 CREATE TRIGGER key_given AFTER INSERT ON jobs WHEN NEW."unique" IS NOT NULL BEGIN
     DELETE FROM unique_keys WHERE key = NEW."unique";
     INSERT INTO unique_keys (key, job) VALUES (NEW."unique", NEW.id);
-END
-
+    END
 CREATE TRIGGER key_given_again AFTER UPDATE OF state ON jobs
-WHEN NEW."unique" IS NOT NULL AND NEW.state = 'pending' BEGIN
+    WHEN NEW."unique" IS NOT NULL AND NEW.state = 'pending' BEGIN
     DELETE FROM unique_keys WHERE key = NEW."unique";
     INSERT INTO unique_keys (key, job) VALUES (NEW."unique", NEW.id);
-END
+    END
 
--- What was answered to the last changes: a client whose connection broke may ask again.
-CREATE TABLE answers (number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)
-
+CREATE TABLE answers (  -- to the last changes: a client whose connection broke may ask again
+    number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)
 CREATE TRIGGER answers_added AFTER INSERT ON answers BEGIN
     DELETE FROM answers WHERE number <= NEW.number - 1000;
-    UPDATE metrics SET total_commands = total_commands + 1
-    WHERE id = (SELECT MAX(id) FROM metrics);
-END
+    UPDATE metrics SET total_commands = total_commands + 1 WHERE id = (SELECT MAX(id) FROM metrics);
+    END
 
--- One row. By state: how many jobs there are; serial: of the last attempt; changes: of settings,
--- pause or limits.
-CREATE TABLE totals (
-    pending INTEGER DEFAULT 0,
-    processing INTEGER DEFAULT 0,
-    completed INTEGER DEFAULT 0,
-    failed INTEGER DEFAULT 0,
-    dead INTEGER DEFAULT 0,
-    cancelled INTEGER DEFAULT 0,
-    serial INTEGER DEFAULT 0,
-    changes INTEGER DEFAULT 0,
-    jobs_enqueued INTEGER DEFAULT 0,
-    jobs_completed INTEGER DEFAULT 0,
-    jobs_died INTEGER DEFAULT 0,
-    failed_attempts INTEGER DEFAULT 0,
-    runtime_ms INTEGER DEFAULT 0,
-    longest_ms INTEGER DEFAULT 0)
-
+CREATE TABLE totals (  -- one row: how many jobs there are in each state, and
+    pending INTEGER DEFAULT 0, processing INTEGER DEFAULT 0, completed INTEGER DEFAULT 0,
+    failed INTEGER DEFAULT 0, dead INTEGER DEFAULT 0, cancelled INTEGER DEFAULT 0,
+    serial INTEGER DEFAULT 0,        -- of the last attempt
+    changes INTEGER DEFAULT 0,       -- of settings, pause or limits
+    jobs_enqueued INTEGER DEFAULT 0, jobs_completed INTEGER DEFAULT 0, jobs_died INTEGER DEFAULT 0,
+    failed_attempts INTEGER DEFAULT 0, runtime_ms INTEGER DEFAULT 0, longest_ms INTEGER DEFAULT 0)
 INSERT INTO totals (pending, processing, completed, failed, dead)
-SELECT COUNT(CASE state WHEN 'pending' THEN 1 END),
-       COUNT(CASE state WHEN 'processing' THEN 1 END),
-       COUNT(CASE state WHEN 'completed' THEN 1 END),
-       COUNT(CASE state WHEN 'failed' THEN 1 END),
-       COUNT(CASE state WHEN 'dead' THEN 1 END)
-FROM jobs
-
--- By triggers, so that rows inserted or deleted by another program count too.
-CREATE TRIGGER jobs_added AFTER INSERT ON jobs BEGIN
+    SELECT COUNT(CASE state WHEN 'pending' THEN 1 END), COUNT(CASE state WHEN 'processing' THEN 1 END),
+           COUNT(CASE state WHEN 'completed' THEN 1 END), COUNT(CASE state WHEN 'failed' THEN 1 END),
+           COUNT(CASE state WHEN 'dead' THEN 1 END)
+    FROM jobs
+CREATE TRIGGER jobs_added AFTER INSERT ON jobs BEGIN  -- so that rows of other programs count too
     UPDATE totals
-    SET pending = pending + (NEW.state IS 'pending'),
-        processing = processing + (NEW.state IS 'processing'),
+    SET pending = pending + (NEW.state IS 'pending'), failed = failed + (NEW.state IS 'failed'),
+        processing = processing + (NEW.state IS 'processing'), dead = dead + (NEW.state IS 'dead'),
         completed = completed + (NEW.state IS 'completed'),
-        failed = failed + (NEW.state IS 'failed'),
-        dead = dead + (NEW.state IS 'dead'),
-        cancelled = cancelled + (NEW.state IS 'cancelled'),
-        jobs_enqueued = jobs_enqueued + 1;
-END
-
+        cancelled = cancelled + (NEW.state IS 'cancelled'), jobs_enqueued = jobs_enqueued + 1;
+    END
 CREATE TRIGGER jobs_moved AFTER UPDATE OF state ON jobs WHEN OLD.state IS NOT NEW.state BEGIN
     UPDATE totals
     SET pending = pending + (NEW.state IS 'pending') - (OLD.state IS 'pending'),
@@ -1012,27 +945,23 @@ CREATE TRIGGER jobs_moved AFTER UPDATE OF state ON jobs WHEN OLD.state IS NOT NE
         serial = MAX(serial, COALESCE(NEW.serial, 0)),
         jobs_completed = jobs_completed + (NEW.state IS 'completed'),
         jobs_died = jobs_died + (NEW.state IS 'dead');
-END
-
+    END
 CREATE TRIGGER attempts_added AFTER INSERT ON attempts BEGIN
     UPDATE totals
     SET failed_attempts = failed_attempts + (NEW.error IS NOT NULL),
         runtime_ms = runtime_ms + (NEW.error IS NULL) * NEW.ms,
         longest_ms = MAX(longest_ms, (NEW.error IS NULL) * NEW.ms);
-END
-
+    END
 CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
     UPDATE totals
-    SET pending = pending - (OLD.state IS 'pending'),
-        processing = processing - (OLD.state IS 'processing'),
+    SET pending = pending - (OLD.state IS 'pending'), failed = failed - (OLD.state IS 'failed'),
+        processing = processing - (OLD.state IS 'processing'), dead = dead - (OLD.state IS 'dead'),
         completed = completed - (OLD.state IS 'completed'),
-        failed = failed - (OLD.state IS 'failed'),
-        dead = dead - (OLD.state IS 'dead'),
         cancelled = cancelled - (OLD.state IS 'cancelled');
     DELETE FROM attempts WHERE job = OLD.id;
     DELETE FROM after WHERE job = OLD.id OR needs = OLD.id;
     DELETE FROM unique_keys WHERE key = OLD."unique" AND job = OLD.id;
-END""",)
+    END""",)
 
 # ---- Store --------------------------------------------------------------------------------------
 # The only SQL but for the schema. Writes are made inside `transaction()`, which has its turn under
@@ -1165,12 +1094,11 @@ class Store:
             lock = open(os.devnull if self.memory else self.place.hold_daemon(0))
         except Failure as error:
             raise StorageError("%s has an older schema, which only changes while no daemon runs;"
-                               " restart it: queuectl daemon stop, worker start (%s)"
-                               % (self.path, error))
+                               " restart it (%s)" % (self.path, error))
         with lock:
             for number, script in enumerate(MIGRATIONS[version:], version + 1):
                 self.execute("BEGIN IMMEDIATE")
-                for statement in script.split("\n\n"):
+                for statement in re.split(r"\n(?=CREATE|ALTER|INSERT)", script)[1:]:
                     self.execute(statement)
                 self.execute("PRAGMA user_version = %d" % number)
                 self.execute("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
@@ -1386,26 +1314,25 @@ class Store:
 
     def claim(self, slot, boot, now, only=None):
         """pending or failed -> processing: the Claim of the first ready job by priority, then age
-        (of the ids `only`: of one that is due, too), or None."""
+        (of those called `only`), or None."""
         if self.paused:
             return None
         rows = self.query("""SELECT rowid, id, runs + 1, attempts, max_retries, timeout, command,
                                     cwd, env, environ
                              FROM jobs
-                             WHERE %s
+                             WHERE ready = 1 %s
                                AND NOT EXISTS (SELECT 1 FROM running WHERE running.job = jobs.id)
                              ORDER BY priority DESC, rowid
                              LIMIT 1""" % (
-            "ready = 1" if only is None else
-            "id IN (%s) AND (ready = 1 OR due > 0 AND due <= %d)" % (marks(only), now)), only or ())
+            "" if only is None else "AND id IN (%s)" % marks(only)), only or ())
         if not rows:
             return None
         (rowid, job, *_), stamp, serial = rows[0], iso(now), self.serial + 1
         self.execute("INSERT INTO running (slot, job, serial, boot, started_at) VALUES (?, ?, ?, ?, ?)",
                      (slot, job, serial, boot, now))
         self.execute("""UPDATE jobs
-                        SET state = 'processing', ready = NULL, due = NULL, serial = ?,
-                            locked_at = ?, started_at = ?, updated_at = ?
+                        SET state = 'processing', ready = NULL, serial = ?, locked_at = ?,
+                            started_at = ?, updated_at = ?
                         WHERE rowid = ?""", (serial, stamp, stamp, stamp, rowid))
         return Claim(serial, slot, boot, now, "", *rows[0][1:])
 
@@ -1439,22 +1366,24 @@ class Store:
 
     def finish(self, claim, verdict, outcome, worker):
         """processing -> completed, failed, dead or cancelled, with the attempt's record; or, where it
-        does not count, back to pending or failed, ready at once. Whether the job was still there:
-        another program may have deleted it."""
+        does not count, back to pending or failed. Whether the job was still there: another program
+        may have deleted it."""
         self.execute("DELETE FROM running WHERE slot = ?", (claim.slot,))
         status, ended, counts = outcome.status, iso(outcome.ended_at), verdict.attempts > claim.attempts
         code = None if outcome.reason or (status or 0) < 0 else status
         there = self.execute(
             """UPDATE jobs
-               SET state = ?, attempts = ?, due = ?, run_after = COALESCE(?, run_after),
-                   ready = NULLIF(1, ?), runs = runs + ?,
+               SET state = ?, attempts = ?, runs = runs + ?,
                    exit_code = CASE WHEN ? THEN ? ELSE exit_code END,
                    error = CASE WHEN ? THEN ? ELSE error END, finished_at = ?, updated_at = ?,
                    locked_at = NULL, serial = NULL
                WHERE id = ? AND serial = ?""", (
-                verdict.state, verdict.attempts, verdict.due, iso(verdict.due), counts, counts,
-                counts, code, counts, verdict.error, ended if verdict.state in FINISHED else None,
-                ended, claim.job, claim.serial)).rowcount
+                verdict.state, verdict.attempts, counts, counts, code, counts, verdict.error,
+                ended if verdict.state in FINISHED else None, ended, claim.job,
+                claim.serial)).rowcount
+        if there and verdict.due is not None:
+            self.execute("UPDATE jobs SET due = ?, run_after = ? WHERE id = ?",
+                         (verdict.due, iso(verdict.due), claim.job))
         if there and counts:
             self.execute(
                 """INSERT INTO attempts (serial, job, number, worker, started_at, finished_at, ms,
@@ -1857,7 +1786,8 @@ def about_daemon(store, now):
     daemon = store.place.daemon()
     if not daemon:
         raise NoDaemon(store.path)
-    return dict(daemon, db=utf8(store.path), uptime_s=(now - daemon["since"]) // 1000,
+    return dict({name: daemon[name] for name in ("pid", "version", "socket", "stopping")},
+                db=utf8(store.path), uptime_s=(now - daemon["since"]) // 1000,
                 workers=len(store.place.slots()), wanted=store.settings["workers"])
 
 
@@ -2171,6 +2101,7 @@ class Attempt:
 def close_descriptors(keep):
     """Close all but these and stdio: a copy of another child's socket would hide its end, one of a
     lock would hold it."""
+    signal.set_wakeup_fd(-1)  # it would write into whatever has that number next
     for fd in map(int, os.listdir("/dev/fd")):
         if fd > 2 and fd not in keep:
             with suppress(OSError):  # the one that listed them
@@ -2804,6 +2735,7 @@ class Daemon(Pool):
         self.grace = grace
         self.force_at = None       # monotonic: running jobs are stopped then
         self.server = None         # its Child
+        self.since = now_ms()
         self.lock = place.hold_daemon(2)
         self.listener, self.path = self.listen()
         self.note(stopping=False)
@@ -2818,7 +2750,7 @@ class Daemon(Pool):
 
     def note(self, stopping):
         write_note(self.lock, pid=os.getpid(), start=process_start(os.getpid()), version=VERSION,
-                   socket=utf8(self.path), since=now_ms(), stopping=stopping)
+                   socket=utf8(self.path), since=self.since, stopping=stopping)
 
     def slots(self):
         return range(1, 0 if self.stopping else self.store.settings["workers"] + 1)
@@ -2855,6 +2787,7 @@ class Daemon(Pool):
             raise
         finally:
             self.end_server()
+            self.store.close()
 
     def missing(self, busy):
         return super().missing(busy) + [self.start_server] * (not (self.server or self.stopping))
@@ -3093,9 +3026,9 @@ def hindrance(store, job_id=None):
 
 
 def waiting_for(store, job, now):
-    """What keeps a job from running; None once it runs or has ended."""
+    """What keeps a job from running; "" once it runs or has ended."""
     if job.state not in ("pending", "failed"):
-        return None
+        return ""
     if job.due and job.due > now:
         return "its time, %s" % iso(job.due)
     return hindrance(store, job.id) or "a free worker"
@@ -3120,24 +3053,24 @@ def full_id(store, given):
 
 
 def judge(store, limits, name, within, now):
-    """(exit status, line) as monitoring plugins have them. limits: {"pending", "dead", "age" in ms:
+    """(exit status, line) as monitoring plugins have them. limits: {"pending", "dead", "age" in s:
     the highest value allowed, None: any}; a job called `name` must have completed within so many
     ms."""
-    counts, problems = store.counts(), []
-    values = dict(counts, age=now - (store.ready_since(now) or now))
+    counts, problems, figures = store.counts(), [], []
+    values = dict(counts, age=(now - (store.ready_since(now) or now)) // 1000)
     for label, limit in limits.items():
-        show = lapse if label == "age" else str
         if limit is not None and values[label] > limit:
-            problems.append("%s is %s, over %s" % (label, show(values[label]), show(limit)))
+            problems.append("%s is %d, over %d" % (label, values[label], limit))
+        figures.append("%s=%d;;%s" % (label, values[label], "" if limit is None else limit))
     if name is not None and not store.completed_at(name, max(now - within, 0)):
         problems.append("%s has not completed within %s" % (name, lapse(within)))
     waiting = counts["pending"] + counts["failed"]
     lacks = (waiting or store.paused is not None) and hindrance(store)
     status = 2 if problems else int(bool(lacks))
-    problems += ["waiting for %s" % lacks] * bool(lacks) + [
-        "%s waiting, %d dead" % (plural(waiting, "job"), counts["dead"])]
+    problems += ["%s waiting, %d dead" % (plural(waiting, "job"), counts["dead"])] + [
+        "waiting for %s" % lacks] * bool(lacks)
     line = "%s - %s" % (("OK", "WARNING", "CRITICAL")[status], ", ".join(problems))
-    return status, safe(line.replace("|", "/"))  # what follows | would be taken for numbers
+    return status, "%s | %s" % (safe(line.replace("|", "/")), " ".join(figures))
 
 
 def back_up(store, target):
@@ -3169,6 +3102,8 @@ def look_at_folder(queue):
         raise Failure(other)
     place.check()
     folder = os.path.dirname(place.db)
+    if not os.path.isdir(folder):
+        return "%s is not there yet" % folder
     status, room = os.stat(folder), os.statvfs(folder)
     free = room.f_bavail * room.f_frsize
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -3218,7 +3153,7 @@ def look_at_daemon(queue):
     about = daemon_at(os_path(daemon["socket"]), 5)
     if about.get("version") != VERSION:
         raise Failure("the daemon, pid %(pid)s, queuectl %(version)s, does not answer at %(socket)s as"
-                      " queuectl %(ours)s does; restart it: queuectl daemon stop, then worker start"
+                      " queuectl %(ours)s does; restart it as it was started"
                       % dict(daemon, ours=VERSION))
     return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
 
@@ -3226,6 +3161,8 @@ def look_at_daemon(queue):
 def look_at_database(queue):
     if not os.path.isdir(queue.place.file("")):
         return "not there yet"
+    if is_locked(queue.place.file("lock")):
+        raise Failure("the database was not looked at; free its lock first")
     store = queue.look()
     damage = store.integrity()
     if damage:
@@ -3584,7 +3521,8 @@ def act_on(queue, args, states, done, name):
     """Have the change `name` made to the jobs that are meant, all at once those that were named,
     others some at a time; their ids."""
     if bool(args.ids) + bool(args.state) + args.all != 1:
-        raise Usage("name the jobs, or give --state S, or --all")
+        raise Usage("name the jobs, or select them by --all or another flag; see: queuectl %s --help"
+                    % name)
     store, refused = queue.look(), []
     ids = [full_id(store, given) for given in args.ids] or [
         job.id for job in store.jobs(store.select(args.state or states, before=args.older_than))]
@@ -3770,8 +3708,8 @@ class Progress(Drawing):
         """The number of jobs that have not ended."""
         store = self.queue.look()
         totals = store.totals()
-        done, self.failed = (totals[name] - self.before[name]
-                             for name in ("jobs_completed", "jobs_died"))
+        done, self.failed, self.cancelled = (
+            totals[name] - self.before[name] for name in ("jobs_completed", "jobs_died", "cancelled"))
         if self.ids:
             totals = collections.Counter(job.state for job in store.jobs(self.ids, "id"))
             done, self.failed = totals["completed"], totals["dead"] + totals["cancelled"]
@@ -3790,6 +3728,9 @@ def cmd_daemon_stop(queue, args):
     daemon = queue.place.daemon()
     if not daemon:
         raise NoDaemon(queue.place.db)
+    if process_start(daemon["pid"]) != daemon["start"]:
+        raise Failure("the daemon, pid %d, can't be seen from here; stop it in its own container"
+                      % daemon["pid"])
     force_at = monotonic() + (MAX_MS if args.grace is None else args.grace) / 1000.0
     os.kill(daemon["pid"], signal.SIGTERM)
 
@@ -3893,6 +3834,12 @@ def cmd_dlq_list(queue, args):
     cmd_list(queue, args)
 
 
+def with_ages(row):
+    """A row of dates with their ages in place of them."""
+    return {name: age(one, now_ms()) + " ago" if one and name.endswith("_at") else one
+            for name, one in row.items()}
+
+
 @subcommand("\nid ID")
 def cmd_show(queue, args):
     """Show a job with its attempts and what it waits for.
@@ -3901,11 +3848,13 @@ def cmd_show(queue, args):
     show hello --json | grep error"""
     store = queue.look()
     job = known_job(store, full_id(store, args.id))
-    told = dict(job.public(), waiting_for=waiting_for(store, job, now_ms()))
+    told = dict(job.public(), waiting_for=pasted(waiting_for(store, job, now_ms())) or None)
     history = store.attempts(job.id)
-    print_value(args, dict(told, history=history), [
-        *pairs(told), "attempts:",
-        *table(history, ("number", "started_at", "finished_at", "error"))])
+    lines = list(pairs(with_ages(told)))
+    if history:
+        lines += ["attempts:", *table(map(with_ages, history),
+                                      ("number", "started_at", "finished_at", "error"))]
+    print_value(args, dict(told, history=history), lines)
 
 
 SILENT = float("inf")  # a serial that no attempt reaches
@@ -3948,6 +3897,14 @@ class Tail:
         return job.state in FINISHED or self.serial < SILENT and waiting_for(store, job, now_ms())
 
 
+def failure_of(job):
+    """The Failure for a job that did not complete, with its exit code, 125 if it has none."""
+    failure = Failure("job %s %s: %s; see: queuectl logs %s" % (
+        job.id, "died" if job.state == "dead" else "was " + job.state, job.error, job.id))
+    failure.exit_code = job.exit_code or 125
+    return failure
+
+
 @subcommand("""
     id ID
     --attempt N    that attempt (default: the last)
@@ -3977,14 +3934,9 @@ def cmd_logs(queue, args):
         tail.hand_on(data, start)
     if args.follow:
         watch(tail.look)
-
-
-def failure_of(job):
-    """The Failure for a job that did not complete, with its exit code, 125 if it has none."""
-    failure = Failure("job %s %s: %s; see: queuectl logs %s" % (
-        job.id, "died" if job.state == "dead" else "was " + job.state, job.error, job.id))
-    failure.exit_code = job.exit_code or 125
-    return failure
+        job = known_job(store, job_id)
+        if job.state != "completed":
+            tell(str(failure_of(job)))
 
 
 @subcommand("\nids [ID...]  default: until the queue is empty")
@@ -3993,15 +3945,16 @@ def cmd_wait(queue, args):
     several, or none given: 0 all completed, 1 not. For a limit there is timeout(1).
 
     wait hello
-    timeout 10m queuectl wait job-1 job-2"""
+    wait job-1 job-2 && echo both"""
     store = queue.look()
     ids = list({full_id(store, given) for given in args.ids})
     progress = Progress(queue, ids)
     watch(lambda: progress.look() == 0 or hindrance(store))
     progress.close()
-    if progress.failed:
-        raise failure_of(known_job(store, ids[0])) if len(ids) == 1 else Failure(
-            "%s did not complete; see: queuectl list --state dead" % plural(progress.failed, "job"))
+    if len(ids) == 1 == progress.failed:
+        raise failure_of(known_job(store, ids[0]))
+    if progress.failed or not ids and progress.cancelled > 0:
+        raise Failure("not all completed; see: queuectl list --state dead --state cancelled")
     print_reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty")
 
 
@@ -4209,9 +4162,10 @@ def cmd_check(queue, args):
     check --completed backup- --within 26h"""
     if bool(args.completed) != bool(args.within):
         raise Usage("--completed and --within go together")
-    limits = {"pending": args.max_pending, "dead": args.max_dead, "age": args.max_age}
+    limits = {"pending": args.max_pending, "dead": args.max_dead,
+              "age": args.max_age and args.max_age // 1000}
     status, line = judge(queue.existing(), limits, args.completed, args.within, now_ms())
-    print_text(line)
+    print_text(pasted(line))
     return status
 
 
@@ -4237,6 +4191,8 @@ def cmd_doctor(queue, args):
     wrong = [pasted("%(check)s: %(detail)s; %(advice)s" % finding) for finding in findings
              if not finding["ok"]]
     print_value(args, findings, wrong or ["ok"])
+    for line in () if args.table else wrong:
+        tell(line)
     return bool(wrong)
 
 
@@ -4291,8 +4247,8 @@ def cmd_completion(queue, args):
 @subcommand()
 def cmd_(queue, args):
     """Durable job queues. Without a command it shows what runs, waits and died."""
-    print_text("%s\n\nusual commands: enqueue -- CMD, worker start, list, show ID, logs -f ID, dlq"
-               " retry ID, doctor\nall of them: %s --help"
+    print_text("%s\n\nusual commands: enqueue -- CMD, worker start, list, show ID, logs -f ID,\n"
+               "dlq retry ID, doctor; all of them: %s --help"
                % ("\n".join(frame(queue.look(), now_ms())), called()))
 
 
@@ -4340,8 +4296,9 @@ def parse(flags, words):
     name = next(one for one in map(" ".join, (words[:2], words[:1], [])) if one in COMMANDS)
     if words and not name and "--help" not in words:
         import difflib
+        given = " ".join(filter(str.isalpha, words[:2]))
         raise Usage("unknown command %s; did you mean: queuectl %s" % (
-            words[0], " or ".join(difflib.get_close_matches(words[0], COMMANDS, 3, 0))))
+            given, " or ".join(difflib.get_close_matches(given, COMMANDS, 3, 0.5) or ["--help"])))
     end = (words + ["--"]).index("--") if name in ("enqueue", "run", "completion") else len(words)
     args = new_parser(name).parse_args(flags + words[len(name.split()):end])
     args.argv = words[end + 1:]
@@ -4377,6 +4334,7 @@ def main(argv):
     """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
     flags, words = split(list(map(utf8, argv)))
     try:
+        call_as(utf8(sys.argv[0]), None)
         function, args = parse(flags, words)
         place = locate(args.db, args.socket)
         call_as(utf8(sys.argv[0]), args.db and utf8(place.db))
