@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PREFIX ?= /usr/local
 BIN = $(DESTDIR)$(PREFIX)/bin
+LIB = $(DESTDIR)$(PREFIX)/lib/queuectl
 T =
 SEED ?=
 SECONDS ?=
@@ -94,7 +95,7 @@ test-3.%:
 	printf '\n== %s: %s\n' $$python "$$path"; \
 	exec $$python test_queuectl.py
 
-bench: ## speed and size beside bare Python, a minute or two; T=drain picks a row
+bench: ## speed and size against what is promised, in minutes; T=drain picks a row, OTHER=FILE compares
 	@exec $(PYTHON) test_queuectl.py bench $(T)
 
 stress: ## storm, then soak; SEED=7 repeats one, SECONDS=180 and JOBS=100000 set the length
@@ -103,12 +104,45 @@ stress: ## storm, then soak; SEED=7 repeats one, SECONDS=180 and JOBS=100000 set
 plug: ## power cuts, simulated on a disk image, as root; ROUNDS=10, SEED=7 repeats one
 	@SEED=$(SEED) ROUNDS=$(ROUNDS) exec $(PYTHON) test_queuectl.py plug
 
-install: ## one file, as `queuectl`, to $(DESTDIR)$(PREFIX)/bin
-	mkdir -p "$(BIN)"
-	install -m 755 queuectl.py "$(BIN)/queuectl"
+# Python compiles a script anew at each call, a module once: so `queuectl` is a launcher, and the
+# compiled form is made here, since users can't write it. -I: nothing in the environment decides
+# where that lies. New files are put in place whole, so that calls go on meanwhile.
+define LAUNCHER
+import os, py_compile, sys
+destdir, prefix = sys.argv[1:]
+folder, python = prefix + "/lib/queuectl", os.path.abspath(sys.executable)
+if len(python.split()) > 1 or len(os.fsencode(python)) > 125:
+    sys.exit("install: %s can't stand in a #! line; name another PYTHON" % python)
+py_compile.compile(destdir + folder + "/queuectl.py", dfile=folder + "/queuectl.py", doraise=True)
+launcher = destdir + prefix + "/bin/queuectl"
+with open(launcher + ".new", "w") as file:
+    file.write("""#!%s
+import sys
 
-uninstall: ## remove that file; queues stay
-	rm -f "$(BIN)/queuectl"
+# As the script does itself: what lies beside it is not for import.
+if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
+sys.path.insert(0, %a)
+
+import queuectl
+
+queuectl.run_script()
+""" % (python, folder))
+os.chmod(file.name, 0o755)
+os.replace(file.name, launcher)
+endef
+export LAUNCHER
+
+install: ## lib/queuectl/queuectl.py, compiled, and bin/queuectl, which starts it, below $(DESTDIR)$(PREFIX)
+	@case "$(PREFIX)" in /*) ;; *) echo 'install: PREFIX must be an absolute path' >&2; exit 1 ;; esac
+	umask 022; mkdir -p "$(BIN)" "$(LIB)"
+	install -m 644 queuectl.py "$(LIB)/queuectl.py.new"
+	mv -f "$(LIB)/queuectl.py.new" "$(LIB)/queuectl.py"
+	@umask 022; $(PYTHON) -I -c "$$LAUNCHER" "$(DESTDIR)" "$(PREFIX)"
+
+uninstall: ## remove what `install` brought; queues stay
+	rm -f "$(BIN)/queuectl" "$(LIB)/queuectl.py" "$(LIB)"/__pycache__/queuectl.*.pyc
+	@rmdir "$(LIB)/__pycache__" "$(LIB)" 2>/dev/null || true
 
 clean: ## remove what Python left here; queues stay
 	rm -rf __pycache__

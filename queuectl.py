@@ -1,39 +1,39 @@
 #!/usr/bin/env python3
 """queuectl: a durable job queue for one host, in one file.
 
-  queuectl enqueue '{"id":"hello","command":"echo Hello World"}'
+  queuectl enqueue -- tar -czf /srv/etc.tgz /etc
   queuectl worker start --count 2
   queuectl status
-  queuectl list --state completed
-  queuectl dlq retry hello
+  queuectl logs -f ID
+  queuectl dlq retry ID
 
- cron, shells, scripts             daemon: one process, one thread, the only writer
- +-------------+ JSON requests     +-----------------------------------------------+
- | queuectl ...| and answers over  | socketserver -> Operations -> Store -> SQLite |
- |             +------------------>|                     ^                         |
- +------+------+ the Unix socket   |     Retry policy -> Loop <- Pool              |
-        | no daemon: the same      +------------------------+-------^--------------+
-        | Operations, in process,                 order,    |       | outcome, noted
-        v under the same lock                     a socket  |       | in its file too
-     SQLite                                          +------v-------+---+
-                                                     | worker 1 ... N   +-> /bin/sh -c COMMAND
-                                                     +------------------+   own session; output
-                                                                            into its run file
+ cron, shells, scripts        daemon: a supervisor and its children
+ +-------------+  changes     +--------------------------------------------------------+
+ | queuectl …  |  as JSON     | server: socketserver on the Unix socket -> Requests    |
+ |             +------------->|    | "look"                                            |
+ +------+------+              | supervisor: as many workers as wanted, wakes idle ones |
+        | looks; and          |    |                                                   |
+        | changes when no     |    +-> worker 1 … N --> /bin/sh -c COMMAND             |
+        v daemon runs         +----------------+---------------------------------------+
+      Store                                  Store: one transaction at a time, in turn,
+        +---------------- SQLite, WAL ---------+    under flock(DB-run/lock)
+
 Life cycle of a job, and what moves it:
 
-  (new)      -> pending              Store.insert, Store.adopt
+  (new)      -> pending              Store.insert, Store.replace
   pending    -> processing           Store.claim
   failed     -> processing           Store.claim, once run_after has passed
   processing -> completed            Store.finish: exit 0
   processing -> failed               Store.finish: will be tried again
   processing -> dead                 Store.finish: out of retries
-  processing -> pending or failed    Store.give_back: not counted
-  dead       -> pending              Store.requeue
-  pending or failed -> dead          Store.cancel (a running one: mark_cancelled, then finish)
-  pending or failed -> processing    Store.put_back: undoes another program's change
+  processing -> cancelled            Store.finish: at its user's wish
+  processing -> pending or failed    Store.finish: given back, not counted
+  pending or failed -> cancelled     Store.cancel
+  any end    -> pending              Store.requeue
 
-On disk: DB (SQLite, WAL), DB.lock (whoever holds its flock may open DB), DB.log, and DB-run/ with
-a file w.N for each worker (lock, slot and mailbox) and a file N for each running attempt.
+On disk: DB (SQLite, WAL) and DB-run/: lock (held for each transaction), door (where workers queue
+for it), daemon (held by the daemon for its life), w.N (held by the worker of slot N, who notes its
+attempt there), a number (the output of a running attempt), log, and socket if the usual one is taken.
 
 The sections of this file, each of which uses only those above it:
 
@@ -41,19 +41,19 @@ The sections of this file, each of which uses only those above it:
   Time, ids and text
   Errors
   Files and processes
-  Settings and jobs
-  Retry policy
+  Place
+  Jobs and settings
+  Verdicts
   Schema
   Store
+  Requests
   Running a command
-  Protocol
   Worker
   Pool
-  Operations
-  Lock, socket and log
+  Server
   Daemon
   Client
-  Doctor
+  Looking
   Output
   Commands
   Main
@@ -75,123 +75,121 @@ import json
 import os
 import re
 import select
-import selectors
 import signal
 import socket
 import stat
-import struct
 import time
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from time import monotonic, sleep
 
 # ---- Constants and defaults ---------------------------------------------------------------------
 # What is fixed; for what `config set` may change see SETTINGS. Times are milliseconds unless the
 # name says _s.
 
 VERSION = "1.0.0"
-STATES = ("pending", "processing", "completed", "failed", "dead")
-UNFINISHED = ("pending", "failed", "processing")
-FINISHED = ("completed", "dead")
+STATES = "pending processing completed failed dead cancelled".split()
+UNFINISHED = ("pending", "processing", "failed")
+FINISHED = ("completed", "dead", "cancelled")
 
 MAX_MS = 10 ** 12               # the longest duration taken, some 31 years
 LAST_MS = 253402300800000       # the year 10000, where ISO dates end
 MAX_COMMAND = 131071            # bytes: Linux takes no longer argument
-MAX_ENV = 1 << 20               # bytes of a job's own environment in all
 MAX_REQUEST = 16 << 20          # bytes of one request
-MAX_WORKERS = 1000
+MAX_WORKERS = 1000              # slots above it belong to `run` and `drain`
 MAX_SOCKET_PATH = 107           # bytes: sockaddr_un, less its NUL
+MAX_CLIENTS = 400               # connections at once
 BATCH_JOBS = 1000               # `enqueue -` stores so many at once,
 BATCH_BYTES = 8 << 20           # or so many bytes
-PAGE_JOBS = 500                 # a list travels in pages of so many jobs,
-PAGE_BYTES = 1 << 20            # or so many bytes
-PROMOTE = 1000                  # due jobs made ready, or rows adopted, in one turn of the loop
-STARTS = 32                     # workers started in one turn of the loop
-ANSWERS = 250                   # answers remembered, for clients whose connection broke
-MAX_ASKED = 500                 # ids in one statement: SQLite 3.7.17 takes 999 values
-ASKED = 2000                    # jobs that `wait` asks for at each look
-PURGE = 500                     # jobs deleted in one transaction
-PAGE_OUTPUT = 256 << 10         # output travels in pieces of so many bytes
-MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
+STEP = 1000                     # rows or ids that one transaction takes on
+MAX_NAMED = 10000               # jobs that a user may name for one change
+PAGE = 400                      # rows of one look; SQLite 3.7.17 takes 999 values
 LOOKED_AT = 20000               # jobs that `check` looks at, some 20 ms
-LOW_DISK = 64 << 20             # bytes free below which `doctor` warns
+MAX_DEAD_COMMAND = 100000       # bytes of QUEUECTL_DEAD_COMMAND
 MIN_RUN_FILE = 1 << 20          # bytes an attempt's output may grow to, at least, before it is cut
+MAX_LOG = 10 << 20              # bytes of DB-run/log before it is moved aside
+LOW_DISK = 64 << 20             # bytes free below which `doctor` warns
 PIECE = 64 << 10                # bytes of output read at a time
-MAX_PIPE = 1 << 20              # bytes in a pipe, at the most
+HEADER = 20                     # bytes at the start of a run file: how many are missing
 
 KEEP_MS = 2000                  # a completed job stays at least: who waits for it must see it
-TWICE_S = 0.5                   # signals to a `run` within it are one
 GRACE_S = 2.0                   # from SIGTERM to SIGKILL
-SILENT_S = 10.0                 # a worker this long past its job's end is taken for hung
-LOOK_S = 1.0                    # between two looks at the database, the lock and the socket
-REACH_S = 10.0                  # how long a command tries to reach the queue
-ANSWER_S = 40.0                 # how long it then waits for an answer
-WRITE_S = 20.0                  # how long the daemon waits for another program's database lock
+LOOK_S = 1.0                    # between two looks of a supervisor
+PATIENCE_S = 40.0               # how long a command waits for its turn, or for an answer
+TURN_S = 0.1                    # how long a supervisor does
+BUSY_S = 0.05                   # SQLite's own wait for another program's lock
 POLL_S = 0.2                    # between two looks of a command that watches, at the most
 IDLE_S = 60.0                   # a connection without a request is closed
-BUSY_S = 0.05                   # SQLite's own wait for a lock: the loop stands still meanwhile
 
 DEFAULT_SOCKET = "/tmp/queuectl.sock"
-CODE = sys._getframe().f_code   # this file, compiled; see shed_syntax_tree
 
 # ---- Time, ids and text -------------------------------------------------------------------------
-# The only place that reads a clock; what handles processes and sockets asks it here. Whatever
-# decides or stores takes the time as `now`: milliseconds since 1970, UTC.
+# The only place that reads the wall clock. Whatever decides or stores takes the time as `now`:
+# milliseconds since 1970, UTC. Timeouts are measured by monotonic(), in seconds.
 
-UNITS_MS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000, "d": 86400000}
-DATE = (r"(\d{4})-(\d\d)-(\d\d)(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
-        r"\s?(?:[Zz]|([+-])(\d\d)(?::?(\d\d))?)?)?")
-
+UNITS_MS = {"d": 86400000, "h": 3600000, "m": 60000, "s": 1000, "ms": 1}
+DATE = (r"(?a)(19[7-9]\d|[2-9]\d{3})-(\d\d)-(\d\d)"
+        r"(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
+        r"\s?([Zz]|([+-](?:[01]\d|2[0-3]))(?::?([0-5]\d))?)?)?")
+DIGITS = "0123456789abcdefghjkmnpqrstvwxyz"
 
 def now_ms():
     """The wall clock, in ms since 1970."""
     return int(time.time() * 1000)
 
-
-def monotonic():
-    """Seconds on a clock that nobody sets: for timeouts."""
-    return time.monotonic()
-
-
-@functools.lru_cache(maxsize=64)  # a batch, or a turn of the loop, asks for few
+@functools.lru_cache()  # a batch asks for few
 def iso(ms):
     """2026-01-15T10:30:00.000Z for ms since 1970; None for None."""
     if ms is None:
         return None
-    seconds, rest = divmod(ms, 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03dZ" % rest
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ms // 1000)) + ".%03dZ" % (ms % 1000)
 
+def parse_date(text, local=False):
+    """ms since 1970 of an ISO 8601 date-time (also SQLite's form); one without an offset is UTC, or
+    `local` time."""
+    from datetime import datetime, timedelta, timezone
+    try:
+        *numbers, fraction, zone, hours, minutes = re.fullmatch(DATE, text.strip()).groups("0")
+        moment = datetime(*map(int, numbers))
+        if zone != "0" or not local:
+            moment = moment.replace(tzinfo=timezone.utc) - timedelta(
+                hours=int(hours), minutes=int(hours[0] + minutes))
+        return int(moment.timestamp()) * 1000 + int((fraction + "00")[:3])
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise ValueError("must be a date-time since 1970, like 2026-01-15T10:30:00Z")
 
-def parse_date(text):
-    """ms since 1970 of an ISO 8601 date-time (also SQLite's form); without an offset it is UTC."""
-    from datetime import datetime, timezone
-    match = re.fullmatch(DATE, text.strip(), re.ASCII) if isinstance(text, str) else None
-    if not match:
-        raise ValueError("not a date")
-    *parts, fraction, sign, hours, minutes = match.groups("0")
-    hours, minutes = int(hours), int(minutes)
-    if hours > 23 or minutes > 59:
-        raise ValueError("not an offset")
-    moment = datetime(*map(int, parts), tzinfo=timezone.utc).timestamp()
-    ahead = (hours * 60 + minutes) * (-60 if sign == "-" else 60)
-    return (int(moment) - ahead) * 1000 + int((fraction + "00")[:3])
+def next_time(text, now):
+    """ms of a date in local time; a time of the day alone is the next one: 03:00."""
+    from datetime import date, timedelta
+    if not re.fullmatch(r"\d\d?:\d\d", text):
+        return parse_date(text, local=True)
+    today = date.fromtimestamp(now / 1000)
+    first, second = (parse_date("%s %s" % (day, text.zfill(5)), local=True)
+                     for day in (today, today + timedelta(1)))
+    return first if first > now else second
 
+def parse_duration(text):
+    """ms of `90s`, `5m`, `1h30m`, `500ms`."""
+    if not re.fullmatch(r"(?a)(\d{1,13}(ms|[smhd]))+", text):
+        raise ValueError("must have a unit, like 90s, 5m, 1h30m or 1d")
+    return sum(int(count) * UNITS_MS[unit] for count, unit in re.findall(r"(\d+)([a-z]+)", text))
 
-def parse_duration(text, bare=None):
-    """ms of `90s`, `5m`, `2h`, `1d`, `500ms`; a bare number has the unit `bare`, or is refused."""
-    match = re.fullmatch(r"(\d{1,13})([a-z]*)", text.strip(), re.ASCII)
-    unit = match and (match.group(2) or bare)
-    if match and not unit:
-        raise ValueError("needs a unit: 90s, 5m, 2h or 1d")
-    if unit not in UNITS_MS:
-        raise ValueError("must be like 90s, 5m, 2h or 1d" + ", or in ms" * (bare == "ms"))
-    return int(match.group(1)) * UNITS_MS[unit]
+def whole(text):
+    """The number that a text of digits is, also the original's 60000.0; any other text as it is."""
+    return int(float(text)) if re.fullmatch(r"(?a)\s*-?\d{1,15}(\.0)?\s*", text) else text
 
+def lapse(ms):
+    """A duration for people, in two units at most: 10 ms, 45 s, 3 m 20 s."""
+    parts = []
+    for unit, size in UNITS_MS.items():
+        count, ms = divmod(ms, size)
+        parts += ["%d %s" % (count, unit)] * bool(count)
+    return " ".join(parts[:2]) or "0 s"
 
 def new_ids(now, count=1):
-    """`count` new job ids that sort by time: 20260115T103000123-4f2a9c01."""
-    stem = re.sub("[-:.Z]", "", iso(now))
-    first = int.from_bytes(os.urandom(4), "big") & 0x7fffffff
-    return ["%s-%08x" % (stem, first + i) for i in range(count)]
-
+    """`count` new job ids of 14 characters that sort by time."""
+    first = (now << 25) + int.from_bytes(os.urandom(3), "big")
+    return ["".join(DIGITS[number >> shift & 31] for shift in range(65, -5, -5))
+            for number in range(first, first + count)]
 
 def safe(text):
     """`text` with everything escaped that a terminal would act on or hide."""
@@ -199,35 +197,33 @@ def safe(text):
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-
 def utf8(argument):
     """An argument or a path as users know it: with the C locale 3.6 makes surrogates of é."""
     try:
-        return os.fsencode(argument).decode("utf-8")
+        return os.fsencode(argument).decode()
     except UnicodeError:
         return argument
 
+def as_bytes(text):
+    """UTF-8, with lone surrogates for the bytes that are none."""
+    return text.encode("utf-8", "surrogateescape")
 
 def os_path(text):
-    """The same the other way: a path as the OS is told it."""
-    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
-
+    """The reverse of `utf8`: a path as the OS is told it."""
+    return os.fsdecode(as_bytes(text))
 
 def plural(count, noun):
     return "%d %s%s" % (count, noun, "" if count == 1 else "s")
 
-
-# A value as JSON in one ASCII line. repr: another program may have put bytes into a row of ours.
+# A value as JSON in one ASCII line. repr: another program may have put bytes into a row.
 compact = json.JSONEncoder(separators=(",", ":"), default=repr).encode
-
 
 # ---- Errors -------------------------------------------------------------------------------------
 # A Failure is expected: it becomes one line that says the way out, never a traceback.
 
-
 class Failure(Exception):
-    """A normal failure. `str()` is the line for the user, safe for a terminal; `details` travel in
-    the answer."""
+    """A normal failure. `str()` is the line for the user, safe for a terminal; `details` travel in the
+    answer."""
 
     exit_code = 1
 
@@ -235,634 +231,504 @@ class Failure(Exception):
         super().__init__(safe(message))
         self.details = details
 
-
 class Usage(Failure):
     """The command line itself is wrong."""
 
     exit_code = 2
 
-
-class BadField(Failure):
-    """A job's field, or a setting, has a value it can't have."""
-
-    def __init__(self, field, problem):
-        super().__init__("field %s %s" % (str(field)[:80], problem))
-
-
 class NoDaemon(Failure):
     """A command needs the daemon and none runs."""
 
     def __init__(self, db):
-        super().__init__("no daemon runs for %s; start one with: worker start" % db,
-                         no_daemon=True)
-
+        super().__init__("no daemon runs for %s; start one with: queuectl worker start" % db)
 
 class StorageError(Failure):
     """The database can't be used now; nothing was changed."""
 
-
 class Busy(StorageError):
-    """Another program holds the database's write lock."""
-
+    """It is not our turn yet, or another program holds the database's write lock."""
 
 class Replaced(StorageError):
-    """The database or the lock file is no longer the one that was opened."""
+    """The database is no longer the file that was opened."""
 
-
-class Served(Failure):
-    """Another process already is the one that works with the database."""
-
-
-class Unreachable(Failure):
-    """Nobody answers now; asking again may help, and repeats nothing that was done."""
-
+REMEDIES = (  # what SQLite or the OS says -> what to tell of the file
+    ("locked", "is locked by another program; try again when it is done"),
+    ("File exists", "is there already, and nothing replaces it; name another file"),
+    ("full|No space|quota", "has no space left; free some and try again"),
+    ("readonly|Read-only", "can't be written; check its mode and its file system"),
+    ("unable to open|denied", "can't be opened; check its directory and owner, or give another --db"),
+    ("not a database", "is not a database; restore a backup or move it"),
+    ("malformed|too big", "is corrupt; restore a backup, or save what is left: sqlite3 FILE .recover"),
+    ("no such", "is not a queue's database; give another --db, or restore a backup"),
+    ("disk I/O", "can't be read or written; its disk is full, or look at the kernel's log"),
+    ("", "can't be used"))
 
 def storage_error(path, error):
-    """The StorageError for a sqlite3 or OS `error` on the database at `path`, with what to do."""
-    text = str(error)
-    for words, advice in (
-            ("locked", "%s is locked by another program; try again when it is done"),
-            ("disk is full", "no space left for %s; free some and try again"),
-            ("readonly", "%s can't be written; check its mode and its file system"),
-            ("unable to open", "%s can't be opened; check its directory"),
-            ("not a database", "%s is not a database; restore a backup or move it"),
-            ("malformed", "%s is corrupt; restore a backup, or save what is left with:"
-                          " sqlite3 FILE .recover"),
-            ("no such", "%s is not a queue's database: another program changed it"),
-            ("decode", "%s holds a text that is not UTF-8, which another program wrote; mend it"
-                       " with sqlite3"),
-            ("No space", "no space left for %s; free some and try again"),
-            ("disk I/O", "%s can't be read or written; its disk is full, or look at the kernel's"
-                         " log")):
-        if words in text:
-            kind = Busy if words == "locked" else StorageError
-            return kind((advice % path) + " (%s)" % text)
-    return StorageError("the database %s failed: %s" % (path, text))
+    """The StorageError for a sqlite3 or OS `error` on the file at `path`, with what to do."""
+    text = getattr(error, "strerror", None) or str(error)
+    words, advice = next(row for row in REMEDIES if re.search(row[0], text))
+    return (Busy if words == "locked" else StorageError)("%s %s (%s)" % (path, advice, text))
 
-
-def decode_json(text, what, kind=None):
-    """The value of a JSON text or its bytes, its objects as dicts of that kind; a Failure naming
-    `what` when it is none."""
-    def refuse(constant):
-        raise ValueError("%s is not JSON" % constant)
+def decode_json(text, what):
+    """The value of a JSON text or its bytes; a Failure naming `what` when it is none."""
     try:
-        return json.loads(text if isinstance(text, str) else text.decode(), parse_constant=refuse,
-                          object_hook=kind)
+        return json.loads(text)
     except RecursionError:
         raise Failure("%s is nested too deeply" % what)
-    except UnicodeDecodeError:
-        raise Failure("%s is not JSON in UTF-8" % what)
     except ValueError as error:
-        raise Failure("%s is not JSON: %s" % (what, error))
-
+        raise Failure("%s is not JSON in UTF-8: %s" % (what, error))
 
 # ---- Files and processes ------------------------------------------------------------------------
 # Files that nobody planted, and processes that are the ones we mean.
 
+def others_can_write(status):
+    """Whether someone else may write there; a primary group that bears the user's name may."""
+    if status.st_mode & 0o022 != 0o020:
+        return bool(status.st_mode & 0o002)
+    import grp
+    import pwd
+    with suppress(KeyError):
+        mine = pwd.getpwuid(os.geteuid())
+        return (status.st_gid != mine.pw_gid or grp.getgrgid(status.st_gid).gr_name != mine.pw_name)
+    return True
 
-def check_regular(path, status):
-    """Refuse what is no regular file of ours with one name."""
-    if not stat.S_ISREG(status.st_mode):
-        raise Failure("%s is not a regular file; move it away" % path)
-    if status.st_uid != os.geteuid():
-        raise Failure("%s belongs to another user (uid %d); run as that user or use another --db"
-                      % (path, status.st_uid))
-    if status.st_nlink > 1:
-        raise Failure("%s has a second name (hard link); move it away" % path)
-
+def check_ours(path, status, is_kind=stat.S_ISREG):
+    """Refuse what is no regular file, or no directory, of ours that only we can write."""
+    if not is_kind(status.st_mode) or status.st_uid != os.geteuid():
+        raise Failure("%s is not a plain file or directory of yours (%s, uid %d); run as its owner, or"
+                      " give another --db" % (path, stat.filemode(status.st_mode), status.st_uid))
+    if others_can_write(status):
+        raise Failure("%s can be written by others; give another --db, or, if none of them needs it,"
+                      " run: chmod go-w %s" % (path, path))
 
 def open_private(path, flags=os.O_RDWR | os.O_CREAT):
-    """A descriptor on a file of ours, mode 0600, made if need be. Links are never followed."""
+    """A descriptor on a file of ours, made 0600 if need be. Links are never followed. Also the `opener`
+    of an open()."""
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Failure("%s is a symbolic link; move it away" % path)
-        advice = "; run as its owner, or use another --db" * isinstance(error, PermissionError)
-        raise Failure("can't open %s: %s%s" % (path, error.strerror, advice))
+        raise storage_error(path, error)
     try:
-        status = os.fstat(fd)
-        check_regular(path, status)
-        if stat.S_IMODE(status.st_mode) != 0o600:
-            os.fchmod(fd, 0o600)
+        check_ours(path, os.fstat(fd))
     except BaseException:
         os.close(fd)
         raise
     return fd
 
-
-def has_acl(path):
-    """Whether more users are named than the mode tells: it then shows their mask as the group."""
-    with suppress(OSError, AttributeError):  # a system, or a disk, without them
-        return "system.posix_acl_access" in os.listxattr(path)
-    return False
-
-
-def others_can_write(path, status):
-    """Whether someone else may write there; a primary group that bears the user's name may."""
-    if status.st_mode & 0o002:
-        return True
-    if not status.st_mode & 0o020:
-        return False
-    if has_acl(path):
-        return True
-    import grp
-    import pwd
-    try:
-        mine = pwd.getpwuid(os.geteuid())
-        return (status.st_gid != mine.pw_gid
-                or grp.getgrgid(status.st_gid).gr_name != mine.pw_name)
-    except KeyError:
-        return True
-
-
-def check_directory(path, status):
-    """Refuse what is no directory of ours."""
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise Failure("%s is not a directory of yours; move it away" % path)
-
-
-def check_links(path):
-    """Refuse a way that leads over a symbolic link which another user may have planted: one in a
-    directory where all may write, neither ours nor that directory's owner's."""
-    folder = os.path.dirname(path)
-    while path != folder:
-        if os.path.islink(path):
-            where, owner = os.stat(folder), os.lstat(path).st_uid
-            if where.st_mode & 0o002 and owner not in (os.geteuid(), where.st_uid):
-                raise Failure("%s is a symbolic link of another user (uid %d); use another --db"
-                              % (path, owner))
-        path, folder = folder, os.path.dirname(folder)
-
-
 def private_directory(path):
-    """Make `path` a directory of ours, 0700, or see that it is one nobody else can write."""
-    with suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-        os.chmod(path, 0o700)
-    status = os.lstat(path)
-    check_directory(path, status)
-    if others_can_write(path, status):
-        raise Failure("%s can be written by others; run: chmod go-w %s" % (path, path))
-
-
-def private_directories(path):
-    """The same, with what is missing above it."""
-    above = os.path.dirname(path)
-    if not os.path.isdir(above):
-        private_directories(above)
-    private_directory(path)
-
-
-def check_folder(folder):
-    """Refuse a directory that is missing, or where others could meddle with root's files."""
+    """Make `path`, with what is missing above it, a directory of ours, 0700; one that is there must be
+    ours, and nobody else may write it."""
+    umask = os.umask(0o077)
     try:
-        status = os.stat(folder)
+        os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise Failure("no directory %s (%s); make it, or give another --db"
-                      % (folder, error.strerror))
-    if os.geteuid() == 0 and (status.st_uid != 0 or others_can_write(folder, status)):
-        raise Failure("%s can be written by others than root; use a directory that can't"
-                      % folder)
+        raise storage_error(path, error)
+    finally:
+        os.umask(umask)
+    check_ours(path, os.lstat(path), stat.S_ISDIR)
 
+def content(path):
+    """The bytes of a file; none where it isn't there, or we may not read it."""
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read()
+    return b""
 
-def mount_of(path, table="/proc/self/mountinfo"):
-    """(mount point, type) of the file system that `path` is on; "" where the system doesn't say."""
-    best = ("", "")
-    with suppress(OSError), open(table, errors="surrogateescape") as mounts:
-        for line in mounts:
-            left, _, right = line.partition(" - ")
-            point = re.sub(r"\\(\d{3})", lambda m: chr(int(m.group(1), 8)), left.split()[4])
-            if (path + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
-                best = (point, right.split()[0])
-    return best
+def file_system(path):
+    """The type of the file system that `path` is on; "" where the system doesn't say."""
+    device = os.stat(path).st_dev
+    types = re.findall(rb"(?m)^\S+ \S+ %d:%d .* - (\S+)" % (os.major(device), os.minor(device)),
+                       content("/proc/self/mountinfo"))
+    return types[0].decode() if types else ""
 
-
-def check_database(path):
-    """Refuse a database with planted files, or one where SQLite's locks don't work."""
-    for name in (path, path + "-wal", path + "-shm", path + "-journal"):
-        with suppress(FileNotFoundError):
-            check_regular(name, os.lstat(name))
-    point, kind = mount_of(path)
-    if point == path:
-        raise Failure("%s is mounted alone, so its lock and its -wal stay behind; mount its"
-                      " directory" % path)
-    if re.match(r"nfs|cifs|smb|9p|afs|ceph|gluster|lustre|ncp|fuse\.(ssh|gluster|ceph|s3|rclone)",
-                kind):
-        raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
-                      " give a --db on a local disk" % (path, kind))
-
-
-@functools.lru_cache(maxsize=None)  # no process outlives it
+@functools.lru_cache()  # no process outlives it
 def boot_id():
     """Differs after each boot; "" where the system doesn't say."""
-    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-    return ""
-
-
-def read_at(path, start, size):
-    """(up to `size` bytes of a file from byte `start` on, from the end if negative; its size)."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        length = os.fstat(fd).st_size
-        return os.pread(fd, size, max(start if start >= 0 else length + start, 0)), length
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def passing_over():
-    """What can't be read in the block is left out; but a lack of descriptors says nothing about
-    the file, and is raised."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise
-
-
-def process_status(pid):
-    """What /proc tells of a process, from its state on (see proc(5)); [] for a zombie."""
-    fields = read_at("/proc/%d/stat" % pid, 0, 4096)[0].rpartition(b")")[2].split()
-    return [] if fields[0] in (b"Z", b"X") else fields
-
+    return content("/proc/sys/kernel/random/boot_id").decode().strip()
 
 def process_start(pid):
-    """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie."""
-    with passing_over():
-        fields = process_status(pid)
-        return fields[19].decode() if fields else ""
-    if os.path.exists("/proc/self/stat"):
-        return ""
-    import subprocess
-    try:
-        return subprocess.check_output(["ps", "-o", "lstart=", "-p", str(pid)],
-                                       stderr=subprocess.DEVNULL).decode().strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    """When process `pid` started, in some unit of the system's; "" when it is gone or a zombie, or the
+    system doesn't say."""
+    fields = content("/proc/%s/stat" % pid).rpartition(b")")[2].split()
+    return fields[19].decode() if fields and fields[0] not in b"ZX" else ""
 
+def try_lock(fd, how=fcntl.LOCK_EX):
+    """Whether the flock on `fd` was free, and is ours now."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 def is_locked(path):
-    """True, False, or None when there is no such file. Shared: two lookers don't meet."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-
-
-def has_open(pid, fd, wanted):
-    """Whether descriptor `fd` of `pid` is the file with status `wanted`, open for writing."""
-    with suppress(OSError):
-        if os.path.samestat(os.stat("/proc/%s/fd/%s" % (pid, fd)), wanted):
-            with open("/proc/%s/fdinfo/%s" % (pid, fd)) as info:
-                flags = re.search(r"flags:\s*([0-7]+)", info.read())
-            return flags and int(flags.group(1), 8) & os.O_ACCMODE != os.O_RDONLY
+    """Whether another process holds the lock on a file. Shared: two who look don't collide."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        return not try_lock(file, fcntl.LOCK_SH)
     return False
 
+def processes(path=None, mark=None):
+    """The pids, but for our own, that have the file `path` open for writing, or `mark` in their
+    environment. Empty where there is no /proc."""
+    import glob
+    found = set()
+    for link in glob.glob("/proc/[0-9]*/fd/*") if path else ():
+        with suppress(OSError):  # who only reads it, like tail -f, is no part of a job
+            if os.path.samefile(link, path) and re.search(
+                    rb"flags:\s+\d*[12]\s", content(link.replace("/fd/", "/fdinfo/"))):
+                found.add(link)
+    found.update(environ for environ in glob.glob("/proc/[0-9]*/environ")
+                 if mark and mark in content(environ).split(b"\0"))
+    return {int(name.split("/")[2]) for name in found} - {os.getpid()}
 
-def holders(path):
-    """The pids, but for our own, that have `path` open for writing: who only reads it, like
-    tail -f, is no part of the job. Empty where there is no /proc."""
-    found = []
-    with suppress(OSError):
-        wanted = os.stat(path)
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with suppress(OSError):
-                fds = os.listdir("/proc/%s/fd" % pid)
-                if int(pid) != os.getpid() and any(has_open(pid, fd, wanted) for fd in fds):
-                    found.append(int(pid))
-    return found
+def read_note(path):
+    """The object noted in a file of ours; {} when there is none, or it is not all there."""
+    with suppress(ValueError):
+        return json.loads(content(path))
+    return {}
 
+def write_note(fd, **note):
+    """Note an object in the file, filled up with blanks: one write replaces it whole."""
+    os.pwrite(fd, compact(note).encode().ljust(1000), 0)
 
-def pad(value, size):
-    """`value` as JSON, filled with blanks to `size` bytes: one write replaces it whole."""
-    return compact(value).encode().ljust(size - 1) + b"\n"
+def peer_uid(sock):
+    """Who is at the other end of a Unix socket, by the kernel's word; None where it gives none."""
+    for level, name in ((socket.SOL_SOCKET, "SO_PEERCRED"), (0, "LOCAL_PEERCRED")):
+        if hasattr(socket, name):  # a pid or a version, then the uid
+            credentials = sock.getsockopt(level, getattr(socket, name), 12)
+            return int.from_bytes(credentials[4:8], sys.byteorder)
+    return None
 
+# ---- Place --------------------------------------------------------------------------------------
+# Where a queue lives: its database, DB-run, the locks in there, and whose turn it is.
 
-def unpad(data):
-    """The object that a JSON text is; {} when it is garbled, or not all there."""
-    try:
-        value = json.loads(data)
-        return value if isinstance(value, dict) else {}
-    except ValueError:
-        return {}
+NETWORKS = r"nfs|cifs|smb|9p|afs|ceph|gluster|lustre|ncp|fuse\.(ssh|gluster|ceph|s3|rclone)"
+# What raises in a command, and what stops a process: not while it holds the lock.
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGTSTP,
+        signal.SIGTTIN, signal.SIGTTOU)
 
+class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
+    """Where a queue is. db, socket: absolute paths; …_given: by flag or environment, else the
+    default."""
 
-# ---- Settings and jobs --------------------------------------------------------------------------
+    __slots__ = ()
+
+    def file(self, name):
+        """A path in DB-run: "lock", "w.1", 17 …; "": DB-run itself."""
+        return ("%s-run/%s" % (self.db, name)).rstrip("/")  # a link would be followed for its slash
+
+    def exists(self):
+        """Whether there is a queue here."""
+        return os.path.lexists(self.db)
+
+    def check(self):
+        """Refuse a place where no queue can be, or a file that is not ours."""
+        folder = os.path.dirname(self.db)
+        if not os.path.isdir(folder):
+            if self.db_given:
+                raise Failure("no directory %s for %s; make it, or give another --db"
+                              % (folder, self.db))
+            return  # it will be made, with DB-run
+        if os.geteuid() == 0:  # another is the user's affair
+            check_ours(folder, os.stat(folder), stat.S_ISDIR)
+        if re.match(NETWORKS, file_system(folder)):
+            raise Failure("%s is on a network file system (%s), where SQLite's WAL does not work;"
+                          " give a --db on a local disk" % (self.db, file_system(folder)))
+        if self.exists():
+            status = os.lstat(self.db)
+            check_ours(self.db, status)
+            if not status.st_mode & 0o200:
+                raise StorageError("%s is read-only; run: chmod u+rw %s" % (self.db, self.db))
+
+    def slots(self):
+        """The numbers of the slots whose worker lives, in order."""
+        with suppress(FileNotFoundError):
+            return sorted(int(name[2:]) for name in os.listdir(self.file(""))
+                          if re.fullmatch(r"w\.\d+", name) and is_locked(self.file(name)))
+        return []
+
+    def note_of(self, slot):
+        """What the worker of a slot noted: pid, at (ms), only; serial, leader, start of its attempt."""
+        return read_note(self.file("w.%d" % slot))
+
+    def hold(self, name, wait_s):
+        """A descriptor that holds the lock on a file in DB-run; None if another still has it after
+        `wait_s`: somebody may just look at it."""
+        fd, until = open_private(self.file(name)), monotonic() + wait_s
+        while not try_lock(fd):
+            if monotonic() > until:
+                os.close(fd)
+                return None
+            sleep(0.001)
+        return fd
+
+    def daemon(self):
+        """What the daemon noted of itself: pid, start, socket …; {} when none runs."""
+        path = self.file("daemon")
+        return read_note(path) if is_locked(path) else {}
+
+    def hold_daemon(self, wait_s):
+        """A descriptor that holds the daemon's lock; a Failure if another still has it then."""
+        fd = self.hold("daemon", wait_s)
+        if fd is None:
+            raise Failure("a daemon, pid %s, already serves %s; stop it with: queuectl daemon stop"
+                          % (read_note(self.file("daemon")).get("pid", "unknown"), self.db))
+        return fd
+
+    def log(self, text):
+        """A line in DB-run/log for what an operator should know; never a payload."""
+        path = self.file("log")
+        with suppress(OSError, Failure), open(path, "a", encoding="utf-8", opener=open_private) as file:
+            file.write("%s [%d] %s\n" % (iso(now_ms()), os.getpid(), safe(text)))
+            if file.tell() > MAX_LOG:
+                os.rename(path, path + ".1")
+
+class Turn:
+    """The right to touch the database: flock on DB-run/lock. A process opens it for itself, after any
+    fork: an inherited descriptor is the same lock.
+
+    patience_s: Busy after so long, and HELD signals are blocked meanwhile; None: it waits as long
+    as it takes, in a process or thread that no signal raises in.
+    door: it waits at DB-run/door first, as workers do, so that one of them at most delays others.
+    """
+
+    def __init__(self, place, patience_s, door):
+        self.fd = open_private(place.file("lock"))
+        self.door = open_private(place.file("door"))
+        self.by_door = door
+        self.patience_s = patience_s
+        self.waiting = False
+
+    def on_alarm(self, *_):
+        if self.waiting:
+            raise Busy("another process keeps the database's lock; see: queuectl doctor")
+
+    def take(self):
+        if self.patience_s is None:
+            if self.by_door:
+                fcntl.flock(self.door, fcntl.LOCK_EX)
+            fcntl.flock(self.fd, fcntl.LOCK_EX)
+            if self.by_door:
+                fcntl.flock(self.door, fcntl.LOCK_UN)
+        else:
+            self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+            try:
+                try_lock(self.fd) or self.wait()
+            except BaseException:
+                self.release()
+                raise
+
+    def wait(self):
+        """Block until it is ours; signals are let in meanwhile, and may raise."""
+        try:
+            self.waiting = True
+            signal.signal(signal.SIGALRM, self.on_alarm)
+            signal.setitimer(signal.ITIMER_REAL, self.patience_s)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+            fcntl.flock(self.fd, fcntl.LOCK_EX)
+        finally:
+            self.waiting = False
+            signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def release(self):
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        if self.patience_s is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+    __enter__ = take
+
+    def __exit__(self, *_):
+        self.release()
+
+    def close(self):
+        os.close(self.fd)
+        os.close(self.door)
+
+# ---- Jobs and settings --------------------------------------------------------------------------
 # What `config set` may change, the job's record, and the checks of whatever a user or another
-# program gives.
-
-
-def one_of(value, choices):
-    if value not in choices:
-        raise ValueError("must be one of " + ", ".join(choices))
-    return value
-
-
-def as_text(value):
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    if "\0" in value:
-        raise ValueError("must not hold a NUL")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("is not valid Unicode (a lone surrogate)")
-    return value
-
+# program gives. A check returns the value to store, or raises ValueError: what it must be.
 
 def is_text(value):
-    with suppress(ValueError):
-        return as_text(value) == value
-    return False
-
-
-def in_range(number, low, high):
-    if not low <= number <= high:
-        raise ValueError("must be %d to %d" % (low, high))
-    return number
-
-
-def whole(text):
-    if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
-        raise ValueError("must be a whole number")
-    return int(text)
-
-
-@functools.lru_cache(maxsize=8)
-def split_shell(text):
-    """The argv that the `shell` setting stands for."""
-    import shlex
-    argv = shlex.split(as_text(text))
-    if not any(argv[:1]):
-        raise ValueError("must name a program, like /bin/sh -c")
-    return argv
-
-
-def checked(field, check, *values):
-    """What `check(*values)` returns; its ValueError as a BadField."""
+    """Whether it is text that a database and an argument can hold: no NUL, no lone surrogate."""
     try:
-        return check(*values)
-    except ValueError as error:
-        raise BadField(field, str(error))
+        return b"\0" not in value.encode()
+    except (AttributeError, UnicodeError):
+        return False
 
+def text_that(fits, must):
+    """The check of a text for which `fits(text)` holds: it must be so."""
+    def check(value):
+        if not is_text(value) or not fits(value):
+            raise ValueError("must be " + must)
+        return value
+    return check
 
-def as_command(value):
-    size = len(as_text(value).encode())
-    if not value.strip():
-        raise ValueError("must not be empty")
-    if size > MAX_COMMAND:
-        raise ValueError("is too long: %d bytes, at most %d; put it into a script"
-                         % (size, MAX_COMMAND))
-    return value
+def one_of(*choices):
+    return text_that(lambda text: text in choices, "one of " + ", ".join(choices))
 
+def number_from(low, high, read=whole):
+    """The check of a whole number; `read` makes one of a text, str: a text is refused."""
+    def check(value):
+        number = read(value) if isinstance(value, str) else value
+        if type(number) is not int or not low <= number <= high:  # True is an int too
+            raise ValueError("must be a whole number, %d to %d" % (low, high))
+        return number
+    return check
 
-def number_from(low, high):
-    return lambda text: in_range(whole(text), low, high)
+@functools.lru_cache()
+def split_shell(text):
+    """The argv, as bytes, that the `shell` setting stands for."""
+    import shlex
+    return [word.encode() for word in shlex.split(text)]
 
+as_text = text_that(is_text, "text without NUL")
+as_command = text_that(lambda text: text.strip() and len(text.encode()) <= MAX_COMMAND,
+                       "text of 1 to %d bytes, without NUL; put more into a script" % MAX_COMMAND)
+as_cwd = text_that(os.path.isabs, "an absolute path")
+as_count = number_from(1, MAX_WORKERS)
+as_ms = number_from(0, MAX_MS, parse_duration)
 
-def ms_from(low):
-    return lambda text: in_range(parse_duration(text, bare="ms"), low, MAX_MS)
-
-
-# check: returns the value that a text stands for
-Setting = collections.namedtuple("Setting", "default check about")
-SETTINGS = {
-    "max-retries": Setting(3, number_from(1, 1000), "attempts in all before a job is dead"),
-    "delay-base": Setting(5000, ms_from(1), "base of the backoff; counts as 1 s at least"),
-    "backoff": Setting("exponential", lambda text: one_of(text, ("exponential", "linear", "fixed")),
-                       "how the wait before the next try grows"),
-    "max-delay": Setting(86400000, ms_from(1), "longest wait before a try"),
-    "jitter": Setting(0, number_from(0, 100), "percent the wait is spread by, up and down"),
-    "timeout": Setting(5000, ms_from(0), "longest run of an attempt, 0: no limit"),
-    "output-limit": Setting(65536, number_from(0, 16 << 20),
-                            "bytes of output kept of each attempt"),
-    "retention": Setting(0, ms_from(0), "how long completed jobs are kept, 0: for ever"),
-    "shell": Setting("/bin/sh -c", lambda text: split_shell(text) and text,
-                     "what a command is appended to"),
-    "on-dead": Setting("", lambda text: text and as_command(text),
-                       "a shell line, enqueued whenever a job dies"),
+SETTINGS = {  # key -> (default, the check of a text that is given)
+    "max-retries": (3, number_from(1, 1000)),
+    "delay-base": (5000, number_from(1, MAX_MS, parse_duration)),
+    "backoff": ("exponential", one_of("exponential", "linear", "fixed")),
+    "max-delay": (86400000, number_from(1, MAX_MS, parse_duration)),
+    "jitter": (0, number_from(0, 100)),
+    "timeout": (5000, as_ms),
+    "output-limit": (65536, number_from(0, 16 << 20)),
+    "retention": (0, as_ms),
+    "shell": ("/bin/sh -c", text_that(split_shell, "a program, like /bin/sh -c")),
+    "workers": (0, number_from(0, MAX_WORKERS)),
+    "on-dead": ("", as_command),
 }
+DURATIONS = ("delay-base", "max-delay", "timeout", "retention")
 
-
-def checked_key(key):
-    if not isinstance(key, str) or key not in SETTINGS:
-        raise Failure("unknown setting %s; known are %s"
-                      % (str(key)[:80], ", ".join(SETTINGS)))
-    return key
-
+def checked(field, check, value):
+    """What `check(value)` returns; its ValueError as a Failure that names the field."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise Failure("field %s %s" % (field, error))
 
 def read_setting(key, value):
-    """The typed value of setting `key` given as text or number; BadField, or Failure if unknown."""
-    return checked(key, SETTINGS[checked_key(key)].check, str(value).strip())
-
-
-def as_id(value):
-    value = as_text(value)
-    if not 1 <= len(value) <= 128 or not value.isprintable() or " " in value or "/" in value:
-        raise ValueError("must be 1 to 128 printable characters without spaces or slashes")
-    return value
-
-
-def as_int(value, low, high):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("must be a whole number, %d to %d" % (low, high))
-    return in_range(value, low, high)
-
-
-def as_ms(value):
-    if isinstance(value, str):
-        value = parse_duration(value)
-    return as_int(value, 0, MAX_MS)
-
+    """The typed value of a setting given as text or number, durations in ms unless they have a unit;
+    `default` is its default. The original stored numbers as 60000.0, and 0.0 for the default."""
+    if key not in list(SETTINGS):  # not hashed: it may be anything
+        raise Failure("unknown setting %.80s; known are %s" % (key, ", ".join(SETTINGS)))
+    (default, check), text = SETTINGS[key], str(value).strip()
+    if text in ("default", "0.0"):
+        return default
+    return checked(key, check, whole(text) if isinstance(default, int) else text)
 
 def as_date(value):
-    try:
-        ms = parse_date(value)
-    except ValueError:
-        ms = -1
-    if not 0 <= ms < LAST_MS:
-        raise ValueError("must be a date-time since 1970, like 2026-01-15T10:30:00Z")
-    return iso(ms)
-
-
-def as_cwd(value):
-    if not as_text(value).startswith("/") or len(value.encode()) > 4095:
-        raise ValueError("must be an absolute path")
-    return value
-
+    return iso(parse_date(value))
 
 def as_env(value):
-    """The JSON text of an object of text to text."""
-    if not isinstance(value, dict):
-        raise ValueError("must be an object of text to text")
-    for name, text in value.items():
-        if not name or "=" in as_text(name):
-            raise ValueError("has a name that is empty or holds a =")
-        if not is_text(text):
-            raise ValueError("needs text for %s" % name[:80])
-        if len(text.encode()) + len(name.encode()) >= MAX_COMMAND:
-            raise ValueError("has a value that is too long: %s" % name[:80])
-    text = compact(value)
-    if len(text) > MAX_ENV:
-        raise ValueError("is too large: at most %d bytes" % MAX_ENV)
-    return text
-
-
-def as_unique(value):
-    if not 1 <= len(as_text(value)) <= 1024:
-        raise ValueError("must be 1 to 1024 characters")
-    return value
-
+    """The JSON text of an environment, an object of text to text. Lone surrogates stand for bytes that
+    are no UTF-8."""
+    with suppress(AttributeError, TypeError, UnicodeError):
+        names, texts = "".join(value), "".join(value.values())
+        if "" not in value and "=" not in names and b"\0" not in as_bytes(names + texts):
+            return compact(value)
+    raise ValueError("must be an object of text to text, without NUL, nor = in a name")
 
 FIELDS = {  # what a job may be given -> the check that returns what is stored
-    "id": as_id,
+    "id": text_that(lambda text: text.isprintable() and re.fullmatch("[^ /]{1,128}", text),
+                    "1 to 128 printable characters without spaces or slashes"),
     "command": as_command,
-    "priority": lambda value: as_int(value, -1000, 1000),
+    "priority": number_from(-1000, 1000, str),
     "run_after": as_date,
     "timeout": as_ms,
-    "max_retries": lambda value: as_int(value, 1, 1000),
+    "max_retries": number_from(1, 1000, str),
     "cwd": as_cwd,
     "env": as_env,
-    "unique": as_unique,
+    "unique": text_that(len, "text without NUL, not empty"),
 }
-OWN_TIMEOUT, OWN_RETRIES = 1, 2  # bits of Job.own: not replaced by the settings on `dlq retry`
-ON_DEAD = 4                      # and: it was enqueued because another job died
-
+OF_OTHERS = dict(  # the same of a row that another program inserted
+    FIELDS, state=one_of(*STATES), attempts=number_from(0, 1 << 30), created_at=as_date,
+    updated_at=as_date, started_at=as_date)
 PUBLIC = ("id command state attempts max_retries priority timeout created_at updated_at run_after"
           " locked_at started_at finished_at exit_code error cwd env unique").split()
-
+OWN = {"timeout": 1, "max_retries": 2}  # bits of Job.own: not replaced by the settings on a retry
+ON_DEAD = 4                             # and: it was enqueued because another job died
 
 def env_of(text):
     """The object that a job's `env` stands for; another program may have written anything."""
-    try:
-        env = json.loads(text) if text else {}
-        return env if isinstance(env, dict) else {}
-    except (ValueError, TypeError, RecursionError):
-        return {}
+    with suppress(ValueError, TypeError):
+        return dict(json.loads(text or "{}"))
+    return {}
 
-
-class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial".split())):
+class Job(collections.namedtuple("Job", PUBLIC + "due ready own runs serial environ".split())):
     """A row of the table jobs. Dates are ISO texts, `env` is JSON text or None, and
 
-    due      ms when a waiting job must be made ready; 0: a row to adopt; else NULL
+    due      ms when a waiting job must be made ready; 0: inserted by another program, not checked
+             yet; else NULL
     ready    1 when it can be claimed, else NULL
-    own      bits: OWN_… for what the job brought itself, ON_DEAD
-    runs     attempts over its whole life
+    own      bits: OWN for what the job brought itself, ON_DEAD
+    runs     attempts that have ended, over its whole life
     serial   of its open attempt, else NULL
+    environ  of its caller, as `env`; read for its attempts alone
     """
 
     __slots__ = ()
 
     def public(self):
         """The job as users see it."""
-        shown = dict(zip(PUBLIC, self))
-        shown["env"] = env_of(self.env)
-        return shown
+        return dict(zip(PUBLIC, self), env=env_of(self.env))
 
-
-NEW = dict(dict.fromkeys(Job._fields), state="pending", attempts=0, priority=0, own=0, runs=0)
-NO_JOB = 'a job is a JSON object like {"command":"true"}'
-
-
-def defaults(settings, now):
+def defaults(settings, now, job_id):
     """{field: value} of a job that brings nothing of its own."""
     stamp = iso(now)
-    return dict(NEW, max_retries=settings["max-retries"], timeout=settings["timeout"],
-                created_at=stamp, updated_at=stamp, run_after=stamp)
+    return dict(dict.fromkeys(Job._fields), id=job_id, state="pending", attempts=0, priority=0,
+                ready=1, own=0, runs=0, max_retries=settings["max-retries"],
+                timeout=settings["timeout"], created_at=stamp, updated_at=stamp, run_after=stamp)
 
-
-def scheduled(due, now):
-    """The fields of a job whose turn is at `due`: it is ready if that has come."""
-    return {"due": due, "ready": None} if due > now else {"due": None, "ready": 1}
-
-
-def make_job(given, settings, now, cwd=None, job_id=None):
-    """A pending Job from the object a user gave (see FIELDS); raises BadField.
-
-    `cwd` and `job_id` are what it gets where it brings none.
-    """
+def make_job(given, settings, now, job_id, checks=FIELDS):
+    """A pending Job from the object a user gave (see FIELDS), called `job_id` if it brings no id; a
+    Failure names a bad field. What the system sets is ignored: an object that `list` showed is a job
+    too."""
     if not isinstance(given, dict):
-        raise Failure(NO_JOB)
-    fields = {}
-    for name, value in dict({} if cwd is None else {"cwd": cwd}, **given).items():
-        if name not in FIELDS:
-            raise BadField(name, "is unknown; known are " + ", ".join(FIELDS))
-        fields[name] = checked(name, FIELDS[name], value)
-    if "command" not in fields:
-        raise BadField("command", "is required")
-    due = parse_date(fields["run_after"]) if "run_after" in fields else now
-    job = defaults(settings, now)
-    job.update(fields, id=fields.get("id") or job_id or new_ids(now)[0],
-               own=OWN_TIMEOUT * ("timeout" in fields) + OWN_RETRIES * ("max_retries" in fields),
-               **scheduled(due, now))
+        raise Failure('a job is a JSON object like {"command":"true"}; a command goes after --, like:'
+                      ' enqueue -- make -j4')
+    job = defaults(settings, now, job_id)
+    for name, value in given.items():
+        if name in checks and value is not None:
+            job[name] = checked(name, checks[name], value)
+            job["own"] |= OWN.get(name, 0)
+        elif name not in PUBLIC:
+            raise Failure("field %.80s is unknown; known are %s" % (name, ", ".join(FIELDS)))
+    if job["command"] is None:
+        raise Failure("field command is required")
+    if job["run_after"] > iso(now):
+        job.update(due=parse_date(job["run_after"]), ready=None)
     return Job(**job)
 
+def job_of_others(row, settings, now):
+    """The Job, like any other, of a row that another program inserted; what can't be makes it dead with
+    the reason. One that was running has not begun."""
+    job_id = safe(str(row.id)) if row.id else new_ids(now)[0]
+    try:
+        job = make_job(dict(zip(PUBLIC, row), id=None), settings, now, job_id, OF_OTHERS)
+    except Failure as error:
+        job = Job(**dict(defaults(settings, now, job_id), command=safe(str(row.command)),
+                         state="dead", error=str(error)))
+    if job.state in FINISHED:
+        return job._replace(finished_at=job.updated_at, due=None, ready=None)
+    return job._replace(state="failed" if job.state == "failed" else "pending")
 
-def escaped(value):
-    """A text that can be stored, whatever another program put there."""
-    return safe(str(value))
-
-
-# What another program may have written: the range of each number, the checks of all else. Dates
-# are in any form: so not FIELDS.
-NUMBERS = {"attempts": (0, 1 << 30), "max_retries": (1, 1000), "timeout": (0, MAX_MS),
-           "priority": (-1000, 1000), "exit_code": (0, 255), "own": (0, 7), "runs": (0, 1 << 30)}
-ADOPTED = dict(
-    dict.fromkeys(("created_at", "updated_at", "run_after", "locked_at", "started_at",
-                   "finished_at"), as_date),
-    cwd=as_cwd, env=lambda text: as_env(json.loads(text)), unique=as_unique, error=escaped,
-    command=as_command, state=lambda text: one_of(text, STATES))
-
-
-def adopted(job, settings, now):
-    """A row that another program wrote, as a job like any other. A number out of range is set to
-    the nearest, what is empty or no number gets its default; a command that can't run, or a date
-    that is none, makes it dead."""
-    fields, problem = defaults(settings, now), None
-    fields["id"] = escaped(job.id) if isinstance(job.id, str) and job.id else new_ids(now)[0]
-    for field, (low, high) in NUMBERS.items():
-        value = getattr(job, field)
-        if type(value) is int:
-            fields[field] = min(max(value, low), high)
-    for field, check in ADOPTED.items():
-        value = getattr(job, field)
-        try:
-            if value or field == "command":
-                fields[field] = check(value)
-        except (ValueError, TypeError, RecursionError) as error:
-            problem = problem or "field %s %s" % (field, error)
-    if problem:
-        fields.update(command=fields["command"] or escaped(job.command), state="dead",
-                      error=safe(problem), finished_at=iso(now))
-    elif fields["state"] in FINISHED:
-        fields["finished_at"] = fields["finished_at"] or fields["updated_at"]
-    else:
-        fields.update(scheduled(parse_date(fields["run_after"]), now), finished_at=None)
-    return Job(**fields)
-
-
-# ---- Retry policy -------------------------------------------------------------------------------
+# ---- Verdicts -----------------------------------------------------------------------------------
 # What becomes of a job after an attempt. Pure: it reads no clock and touches no store.
 
 # status: as subprocess gives it, 3 for exit 3, -9 for SIGKILL, None if unknown; reason: why it
-# ended: "" by itself, "timeout", "cancelled", "worker lost", "refused" (can't run, see detail),
-# and, given back: "stopped" (orderly stop), "unstarted" (no space, no process);
-# dropped: bytes cut from the start of its output; ended_at: ms
-Outcome = collections.namedtuple("Outcome", "status reason detail dropped ended_at")
-GIVEN_BACK = ("stopped", "unstarted")
+# ended: "" by itself, "timeout", "cancel", "worker lost", "refused" (can't run, see detail),
+# "give back" (a forced stop), "unstarted" (no space, no process); dropped: bytes cut from the start
+# of its output; ended_at: ms
+Outcome = collections.namedtuple("Outcome", "status reason detail output dropped ended_at")
+GIVEN_BACK = ("give back", "unstarted")
 
 # due: ms when a failed job runs again; attempts: what the job's count becomes
 Verdict = collections.namedtuple("Verdict", "state attempts due error")
-
 
 def backoff_ms(attempts, settings, spread=0.0):
     """The wait before the next try after `attempts` of them; `spread`, -1 to 1, takes the jitter."""
@@ -875,436 +741,453 @@ def backoff_ms(attempts, settings, spread=0.0):
         return longest
     return int(min(seconds * 1000 * (1 + spread * settings["jitter"] / 100.0), longest))
 
-
 def signal_name(number):
     try:
         return signal.Signals(number).name
     except ValueError:
         return "signal %d" % number
 
-
-def failure_text(job, outcome):
+def failure_text(timeout, outcome):
     """One line that says how an attempt failed; None if it did not."""
-    if outcome.reason == "timeout":
-        return ("timed out after %d ms (raise it with --timeout or: config set timeout 0)"
-                % job.timeout)
-    if outcome.reason:
-        return outcome.detail or outcome.reason
-    if outcome.status is None or outcome.status >= 0:
-        return "exit %s" % outcome.status if outcome.status else None
-    return "killed by " + signal_name(-outcome.status)
+    status, reason = outcome.status, outcome.reason
+    if reason == "timeout":
+        return "timed out after %d ms (raise it with --timeout or: config set timeout 0)" % timeout
+    if reason and not (reason in ("cancel", "give back") and status == 0):
+        return outcome.detail or reason
+    if status is not None and status < 0:
+        return "killed by " + signal_name(-status)
+    return "exit %s" % status if status else None
 
-
-def decide(job, outcome, settings, now, spread=0.0):
-    """The Verdict on `job` (attempts, max_retries, timeout) after an attempt of it."""
-    if outcome.reason in GIVEN_BACK:
-        return Verdict("failed" if job.attempts else "pending", job.attempts, now, None)
-    error, attempts = failure_text(job, outcome), job.attempts + 1
+def decide(claim, outcome, settings, now, spread=0.0):
+    """The Verdict on the job of `claim` (attempts, max_retries, timeout, wish) after an attempt."""
+    error, attempts = failure_text(claim.timeout, outcome), claim.attempts + 1
     if error is None:
         return Verdict("completed", attempts, None, None)
-    if attempts >= job.max_retries or outcome.reason == "cancelled":
+    if claim.wish == "cancel":
+        return Verdict("cancelled", attempts, None, "cancelled")
+    if outcome.reason in GIVEN_BACK:
+        return Verdict("failed" if claim.attempts else "pending", claim.attempts, now, None)
+    if attempts >= claim.max_retries:
         return Verdict("dead", attempts, None, error)
     return Verdict("failed", attempts, now + backoff_ms(attempts, settings, spread), error)
 
+def reason_of(wish, same_boot, began):
+    """The reason (see Outcome) for an open attempt whose worker is gone: what was wished, whether it
+    was claimed in this boot, whether its run file is there. A cancel is decided by `decide`."""
+    return "give back" if same_boot and (not began or wish == "give back") else "worker lost"
 
 # ---- Schema -------------------------------------------------------------------------------------
-# Numbered migrations, each run in one transaction. Released ones are never edited: add another.
-# jobs, config and metrics begin as the original QueueCTL made them, so its databases open here.
-# A row that another program inserts has due = 0: it is adopted at the next look.
+# Numbered migrations, each run in one transaction: a statement begins with the word CREATE, ALTER or
+# INSERT at the start of a line. Released ones are never edited: add another. jobs, config and metrics
+# begin as the original QueueCTL made them, so its databases open here. A row that another program
+# inserts has due = 0, and is checked by whoever writes next.
 # Not partial indexes (SQLite 3.8) nor WITHOUT ROWID (3.8.2): 3.7.17 has neither.
 
-MIGRATIONS = (
-    ("""CREATE TABLE IF NOT EXISTS jobs (
-            id TEXT PRIMARY KEY,
-            command TEXT NOT NULL,
-            state TEXT DEFAULT 'pending',
-            attempts INT DEFAULT 0,
-            max_retries INT DEFAULT 3,
-            created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
-            updated_at DATETIME DEFAULT CURRENT_TIMESTAMP,
-            locked_at DATETIME,
-            timeout INT DEFAULT 5000,
-            run_after DATETIME DEFAULT CURRENT_TIMESTAMP,
-            priority INT DEFAULT 0,
-            started_at DATETIME)""",
-     """CREATE TABLE IF NOT EXISTS config (key TEXT PRIMARY KEY, value TEXT)""",
-     """CREATE TABLE IF NOT EXISTS metrics (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
-            daemon_startup DATETIME DEFAULT CURRENT_TIMESTAMP,
-            total_commands INT DEFAULT 0)""",
-     "ALTER TABLE jobs ADD COLUMN finished_at TEXT",
-     "ALTER TABLE jobs ADD COLUMN exit_code INTEGER",
-     "ALTER TABLE jobs ADD COLUMN error TEXT",
-     "ALTER TABLE jobs ADD COLUMN cwd TEXT",
-     "ALTER TABLE jobs ADD COLUMN env TEXT",
-     "ALTER TABLE jobs ADD COLUMN 'unique' TEXT",
-     "ALTER TABLE jobs ADD COLUMN due INTEGER DEFAULT 0",
-     "ALTER TABLE jobs ADD COLUMN ready INTEGER",
-     "ALTER TABLE jobs ADD COLUMN own INTEGER DEFAULT 0",
-     "ALTER TABLE jobs ADD COLUMN runs INTEGER DEFAULT 0",
-     "ALTER TABLE jobs ADD COLUMN serial INTEGER",
-     "CREATE INDEX jobs_ready ON jobs (ready, priority DESC)",
-     "CREATE INDEX jobs_due ON jobs (due)",
-     "CREATE INDEX jobs_state ON jobs (state)",
-     "CREATE INDEX jobs_finished ON jobs (state, finished_at)",
-     # The open attempts. That `job` is unique here is promise 2: no job runs twice at once.
-     """CREATE TABLE running (
-            serial INTEGER PRIMARY KEY,
-            job TEXT NOT NULL UNIQUE,
-            slot INTEGER NOT NULL,
-            boot TEXT NOT NULL,
-            started_at INTEGER NOT NULL)""",
-     """CREATE TABLE attempts (
-            serial INTEGER PRIMARY KEY,
-            job TEXT NOT NULL,
-            number INTEGER NOT NULL,
-            worker INTEGER,
-            started_at TEXT,
-            finished_at TEXT,
-            exit_code INTEGER,
-            signal TEXT,
-            error TEXT,
-            dropped INTEGER NOT NULL,
-            output BLOB)""",
-     "CREATE INDEX attempts_job ON attempts (job)",
-     # The last job that was given a key; it holds it while it is unfinished.
-     "CREATE TABLE unique_keys (key TEXT PRIMARY KEY, job TEXT NOT NULL)",
-     # What was answered to the last writes: a client whose connection broke may ask again.
-     "CREATE TABLE answers (number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)",
-     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT)",
-     "INSERT INTO meta VALUES ('identity', lower(hex(randomblob(16))))",
-     """CREATE TABLE totals (
-            enqueued INTEGER NOT NULL,
-            completed INTEGER NOT NULL,
-            failed INTEGER NOT NULL,
-            dead INTEGER NOT NULL,
-            runtime_ms INTEGER NOT NULL,
-            longest_ms INTEGER NOT NULL,
-            serial INTEGER NOT NULL)""",
-     "INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0)",
-     # Counted by triggers, so that rows written by another program count too.
-     "CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL)",
-     """INSERT INTO counts
-        SELECT 'pending', 0 UNION SELECT 'processing', 0 UNION SELECT 'completed', 0
-        UNION SELECT 'failed', 0 UNION SELECT 'dead', 0""",
-     """UPDATE counts
-        SET jobs = (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)""",
-     """CREATE TRIGGER jobs_added AFTER INSERT ON jobs BEGIN
-            UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
-        END""",
-     """CREATE TRIGGER jobs_moved AFTER UPDATE OF state ON jobs WHEN OLD.state IS NOT NEW.state
-        BEGIN
-            UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-            UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
-        END""",
-     """CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
-            UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-            DELETE FROM attempts WHERE job = OLD.id;
-            DELETE FROM unique_keys WHERE key = OLD."unique" AND job = OLD.id;
-        END""",
-     # A turn is `due` (a time in ms; 0: to be adopted) or `ready`. We never leave a waiting job
-     # without one; another program that sets the state does.
-     """CREATE TRIGGER jobs_revived AFTER UPDATE OF state ON jobs
-        WHEN NEW.state IN ('pending', 'failed') AND NEW.due IS NULL AND NEW.ready IS NULL
-        BEGIN
-            UPDATE jobs SET due = 0 WHERE rowid = NEW.rowid;
-        END""",
-     # Nor any other job with one.
-     """CREATE TRIGGER jobs_parked AFTER UPDATE OF state ON jobs
-        WHEN NEW.state NOT IN ('pending', 'failed')
-            AND (NEW.due IS NOT NULL OR NEW.ready IS NOT NULL)
-        BEGIN
-            UPDATE jobs
-            SET ready = NULL,
-                due = CASE WHEN NEW.state IN ('completed', 'dead') THEN NULL ELSE 0 END
-            WHERE rowid = NEW.rowid;
-        END""",
-     # What another program wants to have run is looked at again.
-     """CREATE TRIGGER jobs_changed AFTER UPDATE OF command, cwd, env ON jobs
-        WHEN OLD.due IS NOT 0 AND (NEW.due IS NOT NULL OR NEW.ready IS NOT NULL)
-        BEGIN
-            UPDATE jobs SET ready = NULL, due = 0 WHERE rowid = NEW.rowid;
-        END"""),
-    # ms when it was cancelled; negative: stopped, to be given back; 0: neither.
-    ("ALTER TABLE running ADD COLUMN cancelled INTEGER NOT NULL DEFAULT 0",),
-)
+MIGRATIONS = ("""
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY, command TEXT NOT NULL, state TEXT DEFAULT 'pending', attempts INT DEFAULT 0,
+    max_retries INT DEFAULT 3, created_at DATETIME DEFAULT CURRENT_TIMESTAMP,
+    updated_at DATETIME DEFAULT CURRENT_TIMESTAMP, locked_at DATETIME, timeout INT DEFAULT 5000,
+    run_after DATETIME DEFAULT CURRENT_TIMESTAMP, priority INT DEFAULT 0, started_at DATETIME)
+CREATE TABLE IF NOT EXISTS config (key TEXT PRIMARY KEY, value TEXT)
+CREATE TABLE IF NOT EXISTS metrics (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, daemon_startup DATETIME DEFAULT CURRENT_TIMESTAMP,
+    total_commands INT DEFAULT 0)
+
+ALTER TABLE jobs ADD COLUMN finished_at TEXT
+ALTER TABLE jobs ADD COLUMN exit_code INTEGER
+ALTER TABLE jobs ADD COLUMN error TEXT
+ALTER TABLE jobs ADD COLUMN cwd TEXT
+ALTER TABLE jobs ADD COLUMN env TEXT
+ALTER TABLE jobs ADD COLUMN environ TEXT
+ALTER TABLE jobs ADD COLUMN 'unique' TEXT
+ALTER TABLE jobs ADD COLUMN 'group' TEXT
+ALTER TABLE jobs ADD COLUMN due INTEGER DEFAULT 0
+ALTER TABLE jobs ADD COLUMN ready INTEGER
+ALTER TABLE jobs ADD COLUMN own INTEGER DEFAULT 0
+ALTER TABLE jobs ADD COLUMN runs INTEGER DEFAULT 0
+ALTER TABLE jobs ADD COLUMN serial INTEGER
+CREATE INDEX jobs_ready ON jobs (ready, priority DESC)
+CREATE INDEX jobs_group ON jobs (ready, "group", priority DESC)
+CREATE INDEX jobs_due ON jobs (due)
+CREATE INDEX jobs_finished ON jobs (state, finished_at)
+
+CREATE TABLE running (  -- the open attempts
+    slot INTEGER PRIMARY KEY,        -- that this and the next are unique is promise 2: nothing runs
+    job TEXT NOT NULL UNIQUE,        -- twice at once
+    serial INTEGER NOT NULL,
+    boot TEXT NOT NULL,
+    started_at INTEGER NOT NULL,     -- ms
+    wish TEXT NOT NULL DEFAULT '')   -- or 'cancel', 'give back'
+CREATE TABLE attempts (
+    serial INTEGER PRIMARY KEY, job TEXT NOT NULL, number INTEGER NOT NULL, worker INTEGER,
+    started_at TEXT, finished_at TEXT, ms INTEGER NOT NULL, exit_code INTEGER, signal TEXT, error TEXT,
+    dropped INTEGER NOT NULL, output BLOB)
+CREATE INDEX attempts_job ON attempts (job)
+CREATE TABLE after (  -- what a job waits for; a row goes when that has completed
+    job TEXT NOT NULL, needs TEXT NOT NULL, PRIMARY KEY (job, needs))
+CREATE INDEX after_needs ON after (needs)
+
+CREATE TABLE unique_keys (  -- the last job that was given a key holds it while it is unfinished
+    key TEXT PRIMARY KEY, job TEXT NOT NULL)
+CREATE TRIGGER key_given AFTER INSERT ON jobs WHEN NEW."unique" IS NOT NULL BEGIN
+    DELETE FROM unique_keys WHERE key = NEW."unique";
+    INSERT INTO unique_keys (key, job) VALUES (NEW."unique", NEW.id);
+    END
+CREATE TRIGGER key_given_again AFTER UPDATE OF state ON jobs
+    WHEN NEW."unique" IS NOT NULL AND NEW.state = 'pending' BEGIN
+    DELETE FROM unique_keys WHERE key = NEW."unique";
+    INSERT INTO unique_keys (key, job) VALUES (NEW."unique", NEW.id);
+    END
+
+CREATE TABLE answers (  -- to the last changes: a client whose connection broke may ask again
+    number INTEGER PRIMARY KEY, once TEXT UNIQUE, answer TEXT)
+CREATE TRIGGER answers_added AFTER INSERT ON answers BEGIN
+    DELETE FROM answers WHERE number <= NEW.number - 1000;
+    UPDATE metrics SET total_commands = total_commands + 1 WHERE id = (SELECT MAX(id) FROM metrics);
+    END
+
+CREATE TABLE totals (  -- one row: how many jobs there are in each state, and
+    pending INTEGER DEFAULT 0, processing INTEGER DEFAULT 0, completed INTEGER DEFAULT 0,
+    failed INTEGER DEFAULT 0, dead INTEGER DEFAULT 0, cancelled INTEGER DEFAULT 0,
+    serial INTEGER DEFAULT 0,        -- of the last attempt
+    changes INTEGER DEFAULT 0,       -- of settings, pause or limits
+    jobs_enqueued INTEGER DEFAULT 0, jobs_completed INTEGER DEFAULT 0, jobs_died INTEGER DEFAULT 0,
+    failed_attempts INTEGER DEFAULT 0, runtime_ms INTEGER DEFAULT 0, longest_ms INTEGER DEFAULT 0)
+INSERT INTO totals (pending, processing, completed, failed, dead)
+    SELECT COUNT(CASE state WHEN 'pending' THEN 1 END), COUNT(CASE state WHEN 'processing' THEN 1 END),
+           COUNT(CASE state WHEN 'completed' THEN 1 END), COUNT(CASE state WHEN 'failed' THEN 1 END),
+           COUNT(CASE state WHEN 'dead' THEN 1 END)
+    FROM jobs
+CREATE TRIGGER jobs_added AFTER INSERT ON jobs BEGIN  -- so that rows of other programs count too
+    UPDATE totals
+    SET pending = pending + (NEW.state IS 'pending'), failed = failed + (NEW.state IS 'failed'),
+        processing = processing + (NEW.state IS 'processing'), dead = dead + (NEW.state IS 'dead'),
+        completed = completed + (NEW.state IS 'completed'),
+        cancelled = cancelled + (NEW.state IS 'cancelled'), jobs_enqueued = jobs_enqueued + 1;
+    END
+CREATE TRIGGER jobs_moved AFTER UPDATE OF state ON jobs WHEN OLD.state IS NOT NEW.state BEGIN
+    UPDATE totals
+    SET pending = pending + (NEW.state IS 'pending') - (OLD.state IS 'pending'),
+        processing = processing + (NEW.state IS 'processing') - (OLD.state IS 'processing'),
+        completed = completed + (NEW.state IS 'completed') - (OLD.state IS 'completed'),
+        failed = failed + (NEW.state IS 'failed') - (OLD.state IS 'failed'),
+        dead = dead + (NEW.state IS 'dead') - (OLD.state IS 'dead'),
+        cancelled = cancelled + (NEW.state IS 'cancelled') - (OLD.state IS 'cancelled'),
+        serial = MAX(serial, COALESCE(NEW.serial, 0)),
+        jobs_completed = jobs_completed + (NEW.state IS 'completed'),
+        jobs_died = jobs_died + (NEW.state IS 'dead');
+    END
+CREATE TRIGGER attempts_added AFTER INSERT ON attempts BEGIN
+    UPDATE totals
+    SET failed_attempts = failed_attempts + (NEW.error IS NOT NULL),
+        runtime_ms = runtime_ms + (NEW.error IS NULL) * NEW.ms,
+        longest_ms = MAX(longest_ms, (NEW.error IS NULL) * NEW.ms);
+    END
+CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
+    UPDATE totals
+    SET pending = pending - (OLD.state IS 'pending'), failed = failed - (OLD.state IS 'failed'),
+        processing = processing - (OLD.state IS 'processing'), dead = dead - (OLD.state IS 'dead'),
+        completed = completed - (OLD.state IS 'completed'),
+        cancelled = cancelled - (OLD.state IS 'cancelled');
+    DELETE FROM attempts WHERE job = OLD.id;
+    DELETE FROM after WHERE job = OLD.id OR needs = OLD.id;
+    DELETE FROM unique_keys WHERE key = OLD."unique" AND job = OLD.id;
+    END""",)
 
 # ---- Store --------------------------------------------------------------------------------------
-# The only SQL but for the schema. Whoever makes a Store holds the queue's lock. Every write is made
-# inside `transaction()`, takes the time as `now` (ms), and names the arrow it stands for. At the
-# end: what `backup` and `doctor` read, in a process of their own, beside whoever writes.
+# The only SQL but for the schema. Writes are made inside `transaction()`, which has its turn under
+# the lock; each takes the time as `now` (ms) and names the arrow it stands for. What is to be
+# acknowledged is made durable by `sync()`, after the lock was released: the disk never holds it.
 
 # In brackets, not quotes: SQLite takes an unknown "column" for a text.
 COLUMNS = ", ".join("[%s]" % name for name in Job._fields)
-ATTEMPT = ("number worker started_at finished_at exit_code signal error serial output_cut"
-           " output_kept").split()
+LOOK = COLUMNS.replace("[environ]", "NULL")  # it may be large, and is shown to nobody
 
 # An open attempt with what is needed to run it and to judge it. started_at: ms; number: counts
-# over the job's life
+# over the job's life; command: None for a job deleted meanwhile
 Claim = collections.namedtuple(
-    "Claim", "serial slot boot started_at job number attempts max_retries timeout command cwd env")
-
-
-def sound(claim, settings):
-    """The Claim with numbers that are none set to the defaults, and texts made texts: another
-    program may have written anything."""
-    numbers = [value if type(value) is int else default for value, default in zip(
-        claim[5:9], (1, 0, settings["max-retries"], settings["timeout"]))]
-    texts = [value if value is None or type(value) is str else str(value) for value in claim[9:]]
-    return Claim(*claim[:5], *numbers, *texts)
-
+    "Claim", "serial slot boot started_at wish job number attempts max_retries timeout command cwd"
+             " env environ")
 
 def marks(values):
     """A place for each of `values` in SQL."""
     return ", ".join("?" * len(values))
 
+INSERT = "INSERT OR IGNORE INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields))
 
-def finished(before):
-    """Which jobs are in :state and, unless None, have finished before :before."""
-    return "state = :state" + " AND finished_at < :before" * (before is not None)
-
-
-def sqlite_uri(path):
+def sqlite_uri(path, mode="rw"):
     """How SQLite is told any path: Python 3.6 gives it no other bytes than UTF-8."""
-    return "file:" + "".join(map("%%%02x".__mod__, os.fsencode(path)))
-
+    return "file:%s?mode=%s" % ("".join(map("%%%02x".__mod__, os.fsencode(path))), mode)
 
 class Store:
-    """The database at `path` (":memory:": an empty one). One connection, one thread.
+    """The database of the queue at `place`, or an empty one in memory. One a process, opened after any
+    fork and closed before one: a connection must not cross it. Threads may share it.
 
-    `known` is the identity that the lock file remembers: a database with another one, or none,
-    is refused untouched. Raises StorageError.
+    patience_s, door  see Turn
+    Raises StorageError; what could not be done is undone.
     """
 
-    def __init__(self, path, known=None):
-        self.path = path
-        self.known = known
-        self.connection = None   # None after trouble: the next use opens anew
-        self.file = None         # os.stat of the database
-        self.synchronous = None  # the level last set on this connection
-        self.settings = {}       # key -> typed value, as of the last `read_settings`
-        self.open()
+    def __init__(self, place, *, patience_s=None, door=False, memory=False):
+        import sqlite3
+        import threading
+        self.sqlite3 = sqlite3
+        self.place = place
+        self.path = place.db
+        self.memory = memory
+        self.patience_s = patience_s
+        self.door = door
+        self.mutex = threading.RLock()      # of the connection
+        self.sync_mutex = threading.Lock()  # of the -wal; taken second where both are
+        self.commits = 0                    # so many were made,
+        self.synced = self.failed = 0       # so many are on the disk; the last of a sync that failed
+        self.turn = None                    # None: closed, or in memory
+        self.connection = self.cursor = None
+        self.wal = self.file = None         # its descriptor; os.stat of the database
+        self.broken = True                  # at first and after trouble: the next use opens anew
+        self.serial = self.changes = None   # as in totals, when they were read
+        self.settings = {}
+        self.paused = None                  # the reason of a pause, never empty
+        if not memory:
+            place.check()
+            if place.exists() and os.stat(self.path).st_size and not os.path.isdir(place.file("")):
+                self.open_as("ro&immutable=1")  # refuse what is no queue's before anything is made
+                self.execute("SELECT id, command, state, run_after, started_at FROM jobs LIMIT 0")
+                self.disconnect()
+            private_directory(place.file(""))
+        self.query("SELECT 1")
 
     # -- opening
 
-    def open(self):
-        import sqlite3
-        self.error = sqlite3.Error
-        if self.path != ":memory:":
-            self.guard()
+    def patiently(self, action):
+        """Do it; while another process has the turn or the database, again, for some time."""
+        until = monotonic() + (self.patience_s or PATIENCE_S)
+        while True:
+            try:
+                return action()
+            except Busy:
+                if monotonic() > until:
+                    raise
+            sleep(0.02)
+
+    def reopen(self):
+        """(Re)open the connection, in turn: SQLite recovers then."""
+        if self.turn is None and not self.memory:
+            self.turn = Turn(self.place, self.patience_s, self.door)
+        with self.sync_mutex, self.turn or suppress():
+            self.disconnect()
+            try:
+                self.connect()
+                if self.failed > self.synced:  # what is on no disk yet
+                    self.query("PRAGMA wal_checkpoint")
+            except BaseException:
+                self.disconnect()
+                raise
+
+    def open_as(self, mode):
+        """mode: as SQLite has it in URIs"""
         try:
-            self.connection = sqlite3.connect(sqlite_uri(self.path), timeout=BUSY_S,
-                                              isolation_level=None, uri=True)
-            version = self.identify()
-            # A new file's: a turn of the loop touches a dozen pages, each written whole.
-            self.query("PRAGMA page_size = 1024")
-            if self.path != ":memory:":
-                self.file = os.stat(self.path)
-                if self.value("PRAGMA journal_mode = WAL") != "wal":
-                    raise StorageError("%s can't use WAL; check its file system" % self.path)
-            self.query("PRAGMA journal_size_limit = 8388608")
-            for number in range(version, len(MIGRATIONS)):
-                self.migrate(number)  # sorts in files: there may be millions of jobs
-            self.query("PRAGMA temp_store = MEMORY")  # what a savepoint may undo: no file for that
-            self.known = self.meta("identity")
-            self.read_settings()
-        except BaseException as error:
-            self.close()
-            if isinstance(error, self.error):
-                raise storage_error(self.path, error)
-            raise
+            self.connection = self.sqlite3.connect(
+                sqlite_uri(self.path, mode), timeout=BUSY_S, isolation_level=None, uri=True,
+                check_same_thread=False)
+        except self.sqlite3.Error as error:
+            raise storage_error(self.path, error)
+        self.cursor, self.broken = self.connection.cursor(), False
 
-    def guard(self):
-        """See that the file is ours, or make it; never while a connection to it is open."""
-        check_database(self.path)
-        if not os.path.exists(self.path):
-            if self.known:
-                raise self.foreign("is gone")
-            os.close(open_private(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        path, status = self.path, os.stat(self.path)
-        if not status.st_mode & 0o200 or not os.access(path, os.W_OK):
-            raise StorageError("%s is read-only; run: chmod u+w %s" % (path, path))
-        if os.geteuid() == 0 and others_can_write(path, status):
-            raise StorageError("%s can be written by others; run: chmod 600 %s" % (path, path))
-        if os.stat(os.path.dirname(path)).st_mode & 0o002:
-            self.hold_names()
-
-    def hold_names(self):
-        """Where all may write, nobody else shall make the files that SQLite is going to open."""
-        try:
-            for suffix in ("-wal", "-shm", "-journal"):
-                os.close(open_private(self.path + suffix))
-        except Failure as error:
-            raise StorageError(str(error))
-
-    def foreign(self, what):
-        return StorageError("%s %s, but %s.lock remembers a queue; restore the database, or remove"
-                            " %s.lock if this is meant" % (self.path, what, self.path, self.path))
-
-    def identify(self):
-        """The schema's version, after the checks that must leave the file untouched."""
+    def connect(self):
+        if not (self.memory or self.place.exists()):
+            os.close(open_private(self.path))
+        self.open_as("memory" if self.memory else "rw")
         version = self.value("PRAGMA user_version")
         if version > len(MIGRATIONS):
-            raise StorageError("%s was made by a newer queuectl (schema %d, this is %s with %d);"
-                               " use that one" % (self.path, version, VERSION,
-                                                  len(MIGRATIONS)))
-        if self.known and (version == 0 or self.meta("identity") != self.known):
-            raise self.foreign("is empty" if version == 0 else "is another queue's")
-        return version
+            raise StorageError("%s was made by a newer queuectl (schema %d) than this, %s; use that"
+                               " one" % (self.path, version, VERSION))
+        for pragma in ("page_size = 1024",  # a new file's: whole pages are written
+                       "synchronous = NORMAL", "wal_autocheckpoint = 4000",
+                       "journal_size_limit = 8388608", "temp_store = MEMORY"):
+            self.query("PRAGMA " + pragma)
+        if self.value("PRAGMA journal_mode = WAL") not in ("wal", "memory"):
+            raise StorageError("%s can't use WAL; check its file system" % self.path)
+        if version < len(MIGRATIONS):
+            self.migrate(version)
+        self.changes = None
+        self.refresh()  # the first read, which opens -wal
+        if not self.memory:
+            self.file = os.lstat(self.path)
+            self.wal = os.open(self.path + "-wal", os.O_RDWR)
 
-    def migrate(self, number):
-        """Run migration `number` and note it; all or nothing."""
-        with self.transaction():
-            for statement in MIGRATIONS[number]:
-                self.query(statement)
-            self.query("PRAGMA user_version = %d" % (number + 1))
-            self.query("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
+    def migrate(self, version):
+        """Bring the schema up to date, while no daemon runs."""
+        try:
+            lock = open(os.devnull if self.memory else self.place.hold_daemon(0))
+        except Failure as error:
+            raise StorageError("%s has an older schema, which only changes while no daemon runs;"
+                               " restart it (%s)" % (self.path, error))
+        with lock:
+            for number, script in enumerate(MIGRATIONS[version:], version + 1):
+                self.execute("BEGIN IMMEDIATE")
+                for statement in re.split(r"\n(?=CREATE|ALTER|INSERT)", script)[1:]:
+                    self.execute(statement)
+                self.execute("PRAGMA user_version = %d" % number)
+                self.execute("SELECT %s FROM jobs LIMIT 0" % COLUMNS)
+                self.execute("COMMIT")  # else `reopen` closes, which undoes it
+
+    def disconnect(self):
+        """Close what is open. The cursor first: while one lives, so do the connection's files."""
+        for closes in filter(None, (self.cursor, self.connection)):
+            with suppress(self.sqlite3.Error):
+                closes.close()
+        if self.wal is not None:
+            os.close(self.wal)
+        self.connection = self.cursor = self.wal = None
+        self.broken = True
 
     def close(self):
-        connection, self.connection, self.synchronous = self.connection, None, None
-        if connection is not None:
-            with suppress(Exception):  # closing is all that is wanted of it
-                connection.close()
+        """In turn: the last connection copies the -wal into the database and removes it. To use the
+        Store again opens it again."""
+        with suppress(Busy), self.turn or suppress():
+            self.disconnect()
+        self.disconnect()
+        if self.turn:
+            self.turn.close()
+            self.turn = None
 
     # -- transactions
 
     @contextmanager
-    def transaction(self, *, durable=True):
-        """All or nothing; with `durable` it is on the disk when the block has ended."""
-        level = "FULL" if durable else "NORMAL"
-        if self.synchronous != level:  # before BEGIN: SQLite ignores it in a transaction
-            self.query("PRAGMA synchronous = " + level)
-            self.synchronous = level
-        self.query("BEGIN IMMEDIATE")
-        try:
-            yield
-            self.query("COMMIT")
-        except BaseException:
-            self.rollback()
-            raise
-        if durable:
-            self.check_file()
+    def transaction(self):
+        """All or nothing, in turn. Busy if another process keeps its lock beyond our patience."""
+        with self.mutex:
+            self.patiently(self.begin)
+            try:
+                yield
+                self.check_file()
+                self.execute("COMMIT")
+                self.commits += 1
+            except BaseException:
+                self.undo()
+                raise
+            self.turn.release()
 
-    def rollback(self):
-        """Undo; after trouble of SQLite's own the connection isn't used again."""
+    def begin(self):
+        """Take the turn, then SQLite's own lock; if another program has that, let others go on."""
+        if self.broken:
+            self.reopen()
+        self.turn.take()
+        try:
+            self.execute("BEGIN IMMEDIATE")
+            self.refresh()
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self):
+        """Roll back and end the turn; after trouble of SQLite's own the connection isn't used again."""
         try:
             if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
-            if isinstance(sys.exc_info()[1], StorageError):
-                self.close()
-        except self.error:
-            self.close()
-
-    @contextmanager
-    def savepoint(self):
-        """Inside a transaction: what the block wrote is undone if it fails."""
-        self.query("SAVEPOINT request")
-        try:
-            yield
-        except Exception:
-            if self.connection.in_transaction:  # else SQLite undid it as a whole
-                self.query("ROLLBACK TO request")
-            raise
-        self.query("RELEASE request")
+                self.cursor.execute("ROLLBACK")
+        except self.sqlite3.Error:
+            self.broken = True
+        finally:
+            self.turn.release()
 
     def check_file(self):
-        """Raise Replaced unless the path still leads to the file that is open: SQLite goes on
-        writing into a deleted one in silence."""
-        if self.file is None:
-            return
-        status = None
+        """Raise unless the path still leads to the file that is open: SQLite writes on into a deleted
+        one in silence."""
         with suppress(OSError):
-            status = os.stat(self.path)
-        if status is None or not os.path.samestat(status, self.file) or not status.st_size:
-            self.close()
-            raise Replaced("%s was removed, emptied or replaced in use; nothing more is stored in it"
-                           % self.path)
+            status = os.lstat(self.path)
+            if os.path.samestat(status, self.file) and status.st_size:
+                return
+        raise Replaced("%s was removed, emptied or replaced in use; nothing more is stored in it;"
+                       " put it back, and start the daemon again" % self.path)
+
+    def sync(self):
+        """Return once all that was committed before is on the disk. One sync serves all threads that
+        wait for it; its error refuses them all, since Linux tells it once."""
+        wanted = self.commits
+        with self.sync_mutex:
+            if self.synced >= wanted > self.failed:
+                return
+            upto = self.commits
+            try:
+                if wanted <= self.failed or not os.fstat(self.wal).st_nlink:
+                    raise OSError(errno.EIO, "disk I/O error: its -wal is not on the disk")
+                getattr(os, "fdatasync", os.fsync)(self.wal)
+                self.synced = upto
+            except OSError as error:
+                self.failed, self.broken = upto, True
+                raise storage_error(self.path, error)
+
+    def execute(self, sql, values=()):
+        """The cursor after a statement; `rowcount` tells how many rows were written."""
+        try:
+            return self.cursor.execute(sql, values)
+        except self.sqlite3.Error as error:
+            raise storage_error(self.path, error)
 
     def query(self, sql, values=()):
         """All rows: an open cursor would hide others' writes."""
-        if self.connection is None:
-            self.open()
-        try:
-            return self.connection.execute(sql, values).fetchall()
-        except self.error as error:
-            raise storage_error(self.path, error)
+        with self.mutex:
+            if self.broken and not (self.connection and self.connection.in_transaction):
+                self.patiently(self.reopen)
+            try:
+                return self.cursor.execute(sql, values).fetchall()
+            except self.sqlite3.Error as error:
+                raise storage_error(self.path, error)
 
     def value(self, sql, values=()):
         """The first column of the first row, or None."""
         rows = self.query(sql, values)
         return rows[0][0] if rows else None
 
-    def write(self, sql, values=()):
-        """The number of rows written."""
-        try:
-            return self.connection.execute(sql, values).rowcount
-        except self.error as error:
-            raise storage_error(self.path, error)
+    def dicts(self, sql, values=()):
+        """All rows as {column: value}."""
+        with self.mutex:
+            rows = self.query(sql, values)
+            names = [column[0] for column in self.cursor.description]
+            return [dict(zip(names, row)) for row in rows]
 
-    def write_all(self, sql, rows):
-        try:
-            self.connection.executemany(sql, rows)
-        except self.error as error:
-            raise storage_error(self.path, error)
+    def select_jobs(self, clauses, values):
+        """The Jobs that the clauses select."""
+        return map(Job._make, self.query("SELECT %s FROM jobs %s" % (LOOK, clauses), values))
 
-    # -- settings and other values
+    # -- settings, pause, answers
 
-    def read_settings(self):
-        """Settings as stored; what is missing, NULL or nonsense has its default."""
-        stored = self.query("SELECT key, value FROM config WHERE value IS NOT NULL")
-        self.settings = {key: setting.default for key, setting in SETTINGS.items()}
-        for key, value in stored:
+    def refresh(self):
+        """Read the settings if they have changed. What is missing, NULL or nonsense has its default."""
+        (changes, self.serial), = self.query("SELECT changes, serial FROM totals")
+        if changes == self.changes:
+            return
+        stored = dict(self.query("SELECT key, value FROM config WHERE value IS NOT NULL"))
+        settings = {key: default for key, (default, _) in SETTINGS.items()}
+        for key, value in stored.items():
             with suppress(Failure):
-                self.settings[key] = read_setting(key, value)
+                settings[key] = read_setting(key, value)
+        self.settings, self.paused, self.changes = settings, stored.get("paused"), changes
 
-    def set_setting(self, key, value):
-        """Store it, as text by the column's type; None: the default."""
-        self.write("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)", (key, value))
-        self.read_settings()
-
-    def meta(self, key):
-        return self.value("SELECT value FROM meta WHERE key = ?", (key,))
-
-    def set_meta(self, key, value):
-        self.write("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
-
-    def wanted(self):
-        """The number of workers wanted."""
-        with suppress(TypeError, ValueError):  # what another program wrote
-            return min(max(int(self.meta("workers")), 0), MAX_WORKERS)
-        return 0
-
-    def set_wanted(self, count):
-        self.set_meta("workers", count)
-
-    def paused(self):
-        """The reason of a pause ("" if none was given), None without one."""
-        return self.meta("paused")
-
-    def set_paused(self, reason):
-        self.set_meta("paused", reason)
+    def configure(self, key, value):
+        """Store a setting, as text by the column's type; None: its default."""
+        self.execute("INSERT OR REPLACE INTO config (key, value) VALUES (?, ?)", (key, value))
+        self.execute("UPDATE totals SET changes = changes + 1")
+        self.refresh()
 
     def recall(self, once):
-        """The answer given to the write `once`, or None."""
+        """The answer given to the change `once`, or None."""
         return self.value("SELECT answer FROM answers WHERE once = ?", (once,))
 
     def remember(self, once, answer):
-        self.write("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
-        self.write("""DELETE FROM answers
-                      WHERE number <= (SELECT MAX(number) FROM answers) - ?""", (ANSWERS,))
+        """Keep what was answered to the change `once` (None: to one that can't be asked again)."""
+        self.execute("INSERT INTO answers (once, answer) VALUES (?, ?)", (once, answer))
+
+    def note_startup(self, now):
+        self.execute("INSERT INTO metrics (daemon_startup, total_commands) VALUES (?, 0)", (iso(now),))
 
     # -- jobs coming in
 
-    def insert(self, jobs):
-        """(new) -> pending. The caller has seen that the ids are free."""
-        self.write_all("INSERT INTO jobs (%s) VALUES (%s)" % (COLUMNS, marks(Job._fields)), jobs)
-        self.hold_keys(jobs)
-        self.write("UPDATE totals SET enqueued = enqueued + ?", (len(jobs),))
-
-    def hold_keys(self, jobs):
-        """From now on the unique keys that they have are theirs."""
-        self.write_all("INSERT OR REPLACE INTO unique_keys (key, job) VALUES (?, ?)",
-                       [(job.unique, job.id) for job in jobs if job.unique])
+    def insert(self, job):
+        """(new) -> pending. A Failure if the id is taken."""
+        if not self.execute(INSERT, job).rowcount:
+            raise Failure("job id %s is taken; choose another, or leave it out" % job.id)
 
     def holder(self, key):
         """The id of the unfinished job that holds the unique key, or None."""
@@ -1313,48 +1196,27 @@ class Store:
                              WHERE unique_keys.key = ? AND jobs."unique" = unique_keys.key
                                AND jobs.state IN ('pending', 'processing', 'failed')""", (key,))
 
-    def strangers(self):
-        """[(rowid, Job)] written by another program, some at a time."""
+    def unchecked(self):
+        """[(rowid, Job)] inserted by another program and not checked yet, some at a time."""
         self.connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
-        try:
-            rows = self.query("SELECT rowid, %s FROM jobs WHERE due = 0 LIMIT ?" % COLUMNS,
-                              (PROMOTE,))
-        finally:
-            self.connection.text_factory = str
+        rows = self.query("SELECT rowid, %s FROM jobs WHERE due = 0 LIMIT ?" % LOOK, (STEP,))
+        self.connection.text_factory = str
         return [(row[0], Job._make(row[1:])) for row in rows]
 
-    def adopt(self, rowid, job, died=False):
-        """(new) -> pending, or whatever state another program gave its row; `died`: by this."""
-        self.write("UPDATE jobs SET %s WHERE rowid = ?" % ", ".join(
-            "[%s] = ?" % name for name in Job._fields), (*job, rowid))
-        self.write("UPDATE totals SET enqueued = enqueued + ?, dead = dead + ?",
-                   (not job.runs, died))
-
-    def open_serial(self, job_id):
-        """The serial of the job's open attempt, or None."""
-        return self.value("SELECT serial FROM running WHERE job = ?", (job_id,))
-
-    def put_back(self, rowid):
-        """pending or failed -> processing: another program changed the row of a running job."""
-        self.write("UPDATE jobs SET state = 'processing', due = NULL WHERE rowid = ?", (rowid,))
-
-    def disown_stranded(self):
-        """A processing job without an open attempt, never ours, is adopted like a stranger's."""
-        self.write("""UPDATE jobs SET due = 0
-                      WHERE state = 'processing'
-                        AND NOT EXISTS (SELECT 1 FROM running
-                                        WHERE running.job = jobs.id
-                                           OR running.serial = jobs.serial)""")
+    def replace(self, rowid, job):
+        """(new) -> pending, or whatever state another program gave its row."""
+        self.execute("UPDATE jobs SET %s WHERE rowid = ?" % COLUMNS.replace("]", "] = ?"),
+                     (*job, rowid))
 
     # -- jobs coming due
 
     def promote(self, now):
         """Make due jobs ready, so many at a time; the number of them."""
-        return self.write("""UPDATE jobs SET ready = 1, due = NULL
-                             WHERE rowid IN (SELECT rowid FROM jobs
-                                             WHERE due > 0 AND due <= :now
-                                             ORDER BY due LIMIT :most)""",
-                          {"now": now, "most": PROMOTE})
+        return self.execute("""UPDATE jobs SET ready = 1, due = NULL
+                               WHERE rowid IN (SELECT rowid FROM jobs
+                                               WHERE due > 0 AND due <= :now
+                                               ORDER BY due LIMIT :most)""",
+                            {"now": now, "most": STEP}).rowcount
 
     def next_due(self):
         """ms when the next job comes due; the end of all dates if none does."""
@@ -1364,1168 +1226,787 @@ class Store:
 
     def pull_in(self, now):
         """Backoffs that reach further than `max-delay` come from a clock that was set back."""
-        return self.write("""UPDATE jobs SET due = :now
-                             WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_state
-                                             WHERE state = 'failed' AND due > :latest)""",
-                          {"now": now, "latest": now + self.settings["max-delay"]})
+        self.execute("""UPDATE jobs SET due = :now
+                        WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_finished
+                                        WHERE state = 'failed' AND due > :latest)""",
+                     {"now": now, "latest": now + self.settings["max-delay"]})
+
+    def claimable(self, most):
+        """How many jobs a worker could claim now, counted up to `most`."""
+        return self.value("SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE ready = 1 LIMIT ?)",
+                          (0 if self.paused else most,))
 
     # -- attempts
 
-    def claim(self, slots, boot, now, only=None):
-        """pending or failed -> processing: a Claim for each of `slots`, as far as jobs are ready
-        (of those in `only`, None: of all), by priority, then age."""
-        which = "ready = 1" if only is None else "+ready = 1 AND id IN (%s)" % marks(only)
+    def claim(self, slot, boot, now, only=None):
+        """pending or failed -> processing: the Claim of the first ready job by priority, then age (of
+        those called `only`), or None."""
+        if self.paused:
+            return None
         rows = self.query("""SELECT rowid, id, runs + 1, attempts, max_retries, timeout, command,
-                                    cwd, env
+                                    cwd, env, environ
                              FROM jobs
-                             WHERE %s
+                             WHERE ready = 1 %s
                                AND NOT EXISTS (SELECT 1 FROM running WHERE running.job = jobs.id)
                              ORDER BY priority DESC, rowid
-                             LIMIT ?""" % which, (*(only or ()), len(slots)))
+                             LIMIT 1""" % (
+            "" if only is None else "AND id IN (%s)" % marks(only)), only or ())
         if not rows:
-            return []
-        serials, stamp = itertools.count(self.last_serial() + 1), iso(now)
-        claims = [sound(Claim(serial, slot, boot, now, *row[1:]), self.settings)
-                  for serial, slot, row in zip(serials, slots, rows)]
-        self.write_all("INSERT INTO running VALUES (?, ?, ?, ?, ?, 0)", [
-            (claim.serial, claim.job, claim.slot, boot, now) for claim in claims])
-        self.write_all(
-            """UPDATE jobs
-               SET state = 'processing', ready = NULL, serial = ?, runs = ?,
-                   locked_at = ?, started_at = ?, updated_at = ?
-               WHERE rowid = ?""",
-            [(claim.serial, claim.number, stamp, stamp, stamp, row[0])
-             for claim, row in zip(claims, rows)])
-        self.write("UPDATE totals SET serial = ?", (claims[-1].serial,))
-        return claims
+            return None
+        (rowid, job, *_), stamp, serial = rows[0], iso(now), self.serial + 1
+        self.execute("INSERT INTO running (slot, job, serial, boot, started_at) VALUES (?, ?, ?, ?, ?)",
+                     (slot, job, serial, boot, now))
+        self.execute("""UPDATE jobs
+                        SET state = 'processing', ready = NULL, serial = ?, locked_at = ?,
+                            started_at = ?, updated_at = ?
+                        WHERE rowid = ?""", (serial, stamp, stamp, stamp, rowid))
+        return Claim(serial, slot, boot, now, "", *rows[0][1:])
 
-    def open_claims(self, job_id=None):
-        """The Claims of all open attempts, of a job deleted meanwhile with command None; or those
-        of one job of today."""
-        return [sound(Claim._make(row), self.settings) for row in self.query(
-            """SELECT running.serial, running.slot, running.boot, running.started_at, running.job,
-                      jobs.runs, jobs.attempts, jobs.max_retries, jobs.timeout, jobs.command,
-                      jobs.cwd, jobs.env
+    def open_claims(self, slot=None):
+        """The Claims of all open attempts, or of the one in a slot."""
+        return [Claim._make(row) for row in self.query(
+            """SELECT running.serial, running.slot, running.boot, running.started_at, running.wish,
+                      running.job, jobs.runs + 1, COALESCE(jobs.attempts, 0), jobs.max_retries,
+                      jobs.timeout, jobs.command, jobs.cwd, jobs.env, NULL
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
-               WHERE :job IS NULL OR jobs.id = :job
-               ORDER BY running.serial""", {"job": job_id})]
+               WHERE :slot IS NULL OR running.slot = :slot""", {"slot": slot})]
 
-    def last_serial(self):
-        return self.value("SELECT serial FROM totals")
+    def open_slots(self):
+        """{slot: wish} of the open attempts."""
+        return dict(self.query("SELECT slot, wish FROM running"))
+
+    def wish(self, slot, serial):
+        """What somebody wishes of an open attempt: "", "cancel" or "give back"; None once it is
+        recorded."""
+        return self.value("SELECT wish FROM running WHERE slot = ? AND serial = ?", (slot, serial))
+
+    def want_back(self, slots):
+        """Note on the open attempts in these slots that they are to be stopped and given back."""
+        for slot in slots:
+            self.execute("UPDATE running SET wish = 'give back' WHERE slot = ? AND wish = ''", (slot,))
 
     def raise_serial(self, serial):
         """Give no attempt a number up to `serial`."""
-        self.write("UPDATE totals SET serial = MAX(serial, ?)", (serial,))
+        self.execute("UPDATE totals SET serial = MAX(serial, ?)", (serial,))
 
-    def finish(self, claim, verdict, outcome, output, worker, now):
-        """processing -> completed, failed or dead. False, and only the attempt's end is stored, if
-        another program deleted the job."""
-        self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
-        status, ended = outcome.status, iso(outcome.ended_at or now)
-        code = status if status is not None and status >= 0 and not outcome.reason else None
-        over = verdict.state in FINISHED
-        if not self.write("""UPDATE jobs
-                             SET state = ?, attempts = ?, due = ?,
-                                 run_after = COALESCE(?, run_after), exit_code = ?, error = ?,
-                                 finished_at = ?, updated_at = ?,
-                                 locked_at = NULL, serial = NULL
-                             WHERE id = ? AND serial = ?""", (
-                verdict.state, verdict.attempts, verdict.due, iso(verdict.due), code,
-                verdict.error, ended if over else None, ended, claim.job, claim.serial)):
-            return False
-        self.write("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (
-            claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended, code,
-            signal_name(-status) if status is not None and status < 0 else None, verdict.error,
-            outcome.dropped, output or None))
-        self.write("""UPDATE totals
-                      SET completed = completed + (:state = 'completed'),
-                          failed = failed + (:state != 'completed'),
-                          dead = dead + (:state = 'dead'),
-                          runtime_ms = runtime_ms + :ms * (:state = 'completed'),
-                          longest_ms = MAX(longest_ms, :ms * (:state = 'completed'))""",
-                   {"state": verdict.state,
-                    "ms": max((outcome.ended_at or now) - claim.started_at, 0)})
-        return True
+    def finish(self, claim, verdict, outcome, worker):
+        """processing -> completed, failed, dead or cancelled, with the attempt's record; or, where it
+        does not count, back to pending or failed. Whether the job was still there: another program may
+        have deleted it."""
+        self.execute("DELETE FROM running WHERE slot = ?", (claim.slot,))
+        status, ended, counts = outcome.status, iso(outcome.ended_at), verdict.attempts > claim.attempts
+        code = None if outcome.reason or (status or 0) < 0 else status
+        there = self.execute(
+            """UPDATE jobs
+               SET state = ?, attempts = ?, runs = runs + ?,
+                   exit_code = CASE WHEN ? THEN ? ELSE exit_code END,
+                   error = CASE WHEN ? THEN ? ELSE error END, finished_at = ?, updated_at = ?,
+                   locked_at = NULL, serial = NULL
+               WHERE id = ? AND serial = ?""", (
+                verdict.state, verdict.attempts, counts, counts, code, counts, verdict.error,
+                ended if verdict.state in FINISHED else None, ended, claim.job,
+                claim.serial)).rowcount
+        if there and verdict.due is not None:
+            self.execute("UPDATE jobs SET due = ?, run_after = ? WHERE id = ?",
+                         (verdict.due, iso(verdict.due), claim.job))
+        if there and counts:
+            self.execute(
+                """INSERT INTO attempts (serial, job, number, worker, started_at, finished_at, ms,
+                                         exit_code, signal, error, dropped, output)
+                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", (
+                    claim.serial, claim.job, claim.number, worker, iso(claim.started_at), ended,
+                    max(outcome.ended_at - claim.started_at, 0), code,
+                    signal_name(-status) if (status or 0) < 0 else None, verdict.error,
+                    outcome.dropped, outcome.output or None))
+        return there
 
-    def mark_cancelled(self, job_id, now):
-        """Note that open attempts of that name are to be stopped; whether the job has one: it may
-        have been deleted, and inserted anew."""
-        self.write("UPDATE running SET cancelled = ? WHERE job = ?", (now, job_id))
-        return self.value("""SELECT 1 FROM running JOIN jobs ON jobs.serial = running.serial
-                             WHERE running.job = ? AND jobs.id = ?""", (job_id, job_id)) is not None
-
-    def mark_stopped(self, serials, now):
-        """Note that these open attempts are stopped, to be given back: as a cancel, but negative,
-        which a cancel replaces."""
-        self.write_all("UPDATE running SET cancelled = ? WHERE serial = ? AND cancelled = 0",
-                       [(-now, serial) for serial in serials])
-
-    def cancelled(self):
-        """{serial: ms when it was cancelled, negative: stopped} of the open attempts that are to
-        be stopped."""
-        return dict(self.query("SELECT serial, cancelled FROM running WHERE cancelled != 0"))
-
-    def cancel(self, job_id, now):
-        """pending or failed -> dead, at its user's wish."""
+    def cancel(self, job, now):
+        """pending or failed -> cancelled; a running one is to be stopped, and then recorded so."""
         stamp = iso(now)
-        self.write("""UPDATE jobs
-                      SET state = 'dead', error = 'cancelled', ready = NULL, due = NULL,
-                          finished_at = ?, updated_at = ?
-                      WHERE id = ? AND state NOT IN ('completed', 'dead')""",
-                   (stamp, stamp, job_id))
-        self.write("UPDATE totals SET dead = dead + 1")
-
-    def delete(self, ids):
-        self.write_all("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in ids])
-
-    def give_back(self, claim, verdict, now):
-        """processing -> pending or failed, as it was: the attempt does not count."""
-        self.write("DELETE FROM running WHERE serial = ?", (claim.serial,))
-        self.write("""UPDATE jobs
-                      SET state = ?, ready = 1, runs = runs - 1, updated_at = ?,
-                          locked_at = NULL, serial = NULL
-                      WHERE id = ? AND serial = ?""",
-                   (verdict.state, iso(now), claim.job, claim.serial))
+        self.execute("UPDATE running SET wish = 'cancel' WHERE job = ?", (job.id,))
+        self.execute("""UPDATE jobs
+                        SET state = 'cancelled', error = 'cancelled', ready = NULL, due = NULL,
+                            finished_at = ?, updated_at = ?
+                        WHERE id = ? AND state IN ('pending', 'failed')""", (stamp, stamp, job.id))
 
     def requeue(self, job, now):
-        """dead -> pending, with its attempts back at 0 and, where it brought none of its own,
-        the present settings. An attempt that is still open, where another program set the state,
-        is no longer its own: it waits for the end of that, and then has one of its own."""
-        stamp = iso(now)
-        self.write("""UPDATE jobs
-                      SET state = 'pending', attempts = 0, ready = 1, due = NULL, run_after = ?,
-                          updated_at = ?, finished_at = NULL, exit_code = NULL, error = NULL,
-                          timeout = ?, max_retries = ?, serial = NULL
-                      WHERE id = ? AND state = 'dead'""", (
-            stamp, stamp, job.timeout if job.own & OWN_TIMEOUT else self.settings["timeout"],
-            job.max_retries if job.own & OWN_RETRIES else self.settings["max-retries"], job.id))
-        self.hold_keys([job])
+        """Any end -> pending, its attempts back at 0 and, where it brought none of its own, the present
+        settings; a failed job is tried now. A Failure if another holds its unique key."""
+        holder = job.unique and self.holder(job.unique)
+        if holder not in (None, job.id):
+            raise Failure("job %s can't be retried: its unique key is held by job %s; wait for that,"
+                          " or cancel it" % (job.id, holder))
+        self.execute("""UPDATE jobs SET ready = 1, due = NULL, run_after = ?
+                        WHERE id = ? AND state NOT IN ('pending', 'processing')""", (iso(now), job.id))
+        self.execute("""UPDATE jobs
+                        SET state = 'pending', attempts = 0, updated_at = run_after,
+                            finished_at = NULL, exit_code = NULL, error = NULL,
+                            timeout = CASE WHEN own & ? THEN timeout ELSE ? END,
+                            max_retries = CASE WHEN own & ? THEN max_retries ELSE ? END
+                        WHERE id = ? AND state IN ('completed', 'dead', 'cancelled')""", (
+            OWN["timeout"], self.settings["timeout"], OWN["max_retries"], self.settings["max-retries"], job.id))
 
-    def purge(self, state, before):
-        """Delete jobs in `state`, some at a time: those that finished before that date (None: all,
-        whatever the clock said then); the number."""
-        return self.write("""DELETE FROM jobs
-                             WHERE rowid IN (SELECT rowid FROM jobs INDEXED BY jobs_finished
-                                             WHERE %s LIMIT :most)""" % finished(before),
-                          {"state": state, "before": before, "most": PURGE})
+    def delete(self, ids):
+        for job_id in ids:
+            self.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
 
-    def kept_since(self, now):
-        """The date before which completed jobs are not kept; "", before all dates: all are."""
+    def expired(self, now):
+        """The ids of completed jobs older than the `retention`, some at a time."""
         kept = self.settings["retention"]
-        return iso(now - max(kept, KEEP_MS)) if kept else ""
+        return [row[0] for row in self.query(
+            """SELECT id FROM jobs INDEXED BY jobs_finished
+               WHERE state = 'completed' AND finished_at < ? LIMIT ?""",
+            (kept and iso(now - max(kept, KEEP_MS)), STEP))]  # 0: no date is before that
 
-    def purge_expired(self, now):
-        """Delete completed jobs older than the `retention`, some at a time; the number of them."""
-        return self.purge("completed", self.kept_since(now))
-
-    def count_finished(self, state, before):
-        """How many jobs `purge` would delete in the end."""
-        return self.value("SELECT COUNT(*) FROM jobs INDEXED BY jobs_finished WHERE "
-                          + finished(before), {"state": state, "before": before})
-
-    def has_chores(self, now):
-        """Whether there are rows to adopt or to purge."""
-        return self.value("""SELECT EXISTS (SELECT 1 FROM jobs WHERE due = 0)
-                                 OR EXISTS (SELECT 1 FROM jobs INDEXED BY jobs_finished
-                                            WHERE finished_at < ? AND state = 'completed')""",
-                          (self.kept_since(now),)) == 1
-
-    # -- looking
+    # -- looking: needs no turn
 
     def job(self, job_id):
         """The Job, or None."""
-        rows = self.query("SELECT %s FROM jobs WHERE id = ?" % COLUMNS, (job_id,))
-        return Job._make(rows[0]) if rows else None
+        return next(self.select_jobs("WHERE id = ?", (job_id,)), None)
 
-    def jobs(self, state, after, limit):
-        """[(rowid, Job)] beyond rowid `after`, oldest first, in `state` or in all (None)."""
-        rows = self.query("SELECT rowid, %s FROM jobs WHERE %srowid > :after ORDER BY rowid"
-                          " LIMIT :limit" % (COLUMNS, "state = :state AND " if state else ""),
-                          {"after": after, "limit": limit, "state": state})
-        return [(row[0], Job._make(row[1:])) for row in rows]
+    def ids_like(self, prefix):
+        """The ids, two at the most, that begin with `prefix`; an exact one alone."""
+        return [row[0] for row in self.query(
+            """SELECT id FROM jobs
+               WHERE id >= :from AND id < :to
+                 AND (id = :from OR NOT EXISTS (SELECT 1 FROM jobs WHERE id = :from))
+               LIMIT 2""", {"from": prefix, "to": prefix + "􏿿"})]
 
-    def last_row(self):
-        """A number that later jobs' rowids exceed."""
-        return self.value("SELECT MAX(rowid) FROM jobs") or 0
+    def select(self, states=(), match=None, before=None, limit=-1):
+        """The rowids, oldest first, of the jobs in these states (none given: in all), with `match` in
+        their id or command, that ended before a date: the newest `limit` of them."""
+        import array
+        sql = """SELECT rowid FROM jobs
+                 WHERE (:match IS NULL OR instr(id, :match) OR instr(command, :match))
+                   AND (:before IS NULL OR finished_at <= :before) %s
+                 ORDER BY rowid DESC LIMIT :limit""" % (
+            "AND state IN (:%s)" % ", :".join(states) if states else "")
+        values = dict(zip(states, states), match=match, before=before, limit=limit)
+        with self.mutex:
+            return array.array("q", (row[0] for row in self.execute(sql, values)))[::-1]
 
-    def ended(self, ids):
-        """[(id, state, exit_code, error)] of those of the jobs (MAX_ASKED at the most) that exist;
-        state: None if it has yet to end."""
-        return self.query("""SELECT id, CASE WHEN state IN ('completed', 'dead') THEN state END,
-                                    exit_code, error
-                             FROM jobs WHERE id IN (%s)""" % marks(ids), ids)
+    def jobs(self, keys, column="rowid"):
+        """The Jobs with these rowids, or ids, oldest first, page by page; those that there are."""
+        for at in range(0, len(keys), PAGE):
+            page = keys[at:at + PAGE]
+            yield from self.select_jobs("WHERE %s IN (%s) ORDER BY rowid" % (column, marks(page)), page)
+
+    def last_deaths(self, limit):
+        """The Jobs that died last, latest first."""
+        return self.select_jobs("""INDEXED BY jobs_finished WHERE state = 'dead'
+                                   ORDER BY finished_at DESC LIMIT ?""", (limit,))
+
+    def next_retries(self, limit):
+        """The failed Jobs that are tried next."""
+        return self.select_jobs("""INDEXED BY jobs_due WHERE due > 0 AND +state = 'failed'
+                                   ORDER BY due LIMIT ?""", (limit,))
+
+    def rate(self, now):
+        """Jobs that ended in the last 10 s, per second."""
+        return self.value("""SELECT COUNT(*) / 10.0 FROM jobs INDEXED BY jobs_finished
+                             WHERE state IN ('completed', 'dead') AND finished_at > ?""",
+                          (iso(now - 10000),))
 
     def unsettled(self, now):
         """Whether jobs run, are ready or wait for another try; not for the time a user gave."""
         return self.value("""SELECT EXISTS (SELECT 1 FROM running)
-                                 OR EXISTS (SELECT 1 FROM jobs WHERE ready = 1)
-                                 OR EXISTS (SELECT 1 FROM jobs WHERE due <= ?)
+                                 OR (? AND EXISTS (SELECT 1 FROM jobs WHERE ready = 1))
+                                 OR EXISTS (SELECT 1 FROM jobs WHERE due >= 0 AND due <= ?)
                                  OR EXISTS (SELECT 1 FROM jobs WHERE state = 'failed')""",
-                          (now,)) == 1
-
-    def last_deaths(self):
-        """The five Jobs that died last, latest first. Another program that sets the state may note
-        no time: such are none of the last."""
-        return [Job._make(row) for row in self.query(
-            """SELECT %s FROM jobs INDEXED BY jobs_finished
-               WHERE state = 'dead' AND finished_at IS NOT NULL
-               ORDER BY finished_at DESC LIMIT 5""" % COLUMNS)]
+                          (not self.paused, now))
 
     def attempts(self, job_id):
-        """[dict] of the job's closed attempts, first to last."""
-        rows = self.query("""SELECT number, worker, started_at, finished_at, exit_code, signal,
-                                    error, serial, dropped, COALESCE(length(output), 0)
-                             FROM attempts WHERE job = ? ORDER BY serial""", (job_id,))
-        return [dict(zip(ATTEMPT, row)) for row in rows]
+        """[dict] of the job's attempts, first to last; an open one has no finished_at."""
+        return self.dicts(
+            """SELECT number, worker, started_at, finished_at, exit_code, signal, error, serial,
+                      dropped AS output_cut, COALESCE(length(output), 0) AS output_kept
+               FROM attempts WHERE job = :job
+               UNION ALL
+               SELECT jobs.runs + 1, NULL, jobs.started_at, NULL, NULL, NULL, NULL, jobs.serial, 0,
+                      NULL
+               FROM running JOIN jobs ON jobs.id = running.job AND jobs.serial = running.serial
+               WHERE running.job = :job
+               ORDER BY serial""", {"job": job_id})
 
-    def output(self, serial, start, limit):
-        """`limit` bytes from `start` on of the output kept of a closed attempt."""
-        return bytes(self.value("SELECT substr(output, ?, ?) FROM attempts WHERE serial = ?",
-                                (start + 1, limit, serial)) or b"")
+    def output(self, serial, start):
+        """What is kept of a closed attempt's output, from byte `start` on."""
+        return bytes(self.value("SELECT substr(output, ?) FROM attempts WHERE serial = ?",
+                                (start + 1, serial)) or b"")
+
+    def totals(self):
+        """{name: number}: how many jobs there are by state, and what `metrics` tells of all so far; run
+        times in s, of completed jobs."""
+        return self.dicts(
+            """SELECT pending, processing, completed, failed, dead, cancelled,
+                      pending + processing + completed + failed + dead + cancelled AS total_jobs,
+                      completed AS completed_jobs, dead AS dead_jobs,
+                      jobs_enqueued, jobs_completed, jobs_died, failed_attempts,
+                      runtime_ms / 1000.0 AS total_runtime,
+                      round(runtime_ms / 1000.0 / MAX(jobs_completed, 1), 3) AS average_runtime,
+                      longest_ms / 1000.0 AS max_runtime,
+                      (SELECT COALESCE(SUM(total_commands), 0) FROM metrics) AS total_commands
+               FROM totals""")[0]
 
     def counts(self):
         """{state: number of jobs}"""
-        stored = dict(self.query("SELECT state, jobs FROM counts"))
-        return {state: stored.get(state, 0) for state in STATES}
-
-    def recount(self):
-        """Set the counts right: INSERT OR REPLACE of another program escapes the triggers."""
-        self.write("""UPDATE counts
-                      SET jobs = (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)""")
-
-    def totals(self):
-        names = "enqueued, completed, failed, dead, runtime_ms, longest_ms"
-        return dict(zip(names.split(", "), self.query("SELECT %s FROM totals" % names)[0]))
-
-    def note_startup(self, now):
-        self.write("INSERT INTO metrics (daemon_startup, total_commands) VALUES (?, 0)",
-                   (iso(now),))
-
-    def add_commands(self, count):
-        self.write("""UPDATE metrics SET total_commands = total_commands + ?
-                      WHERE id = (SELECT MAX(id) FROM metrics)""", (count,))
-
-    def total_commands(self):
-        return self.value("SELECT SUM(total_commands) FROM metrics") or 0
+        totals = self.totals()
+        return {state: totals[state] for state in STATES if totals[state] or state != "cancelled"}
 
     def size(self):
-        """Bytes on the disk, with what waits in the WAL."""
-        total = 0
-        for name in (self.path, self.path + "-wal"):
-            with suppress(OSError):
-                total += os.stat(name).st_size
-        return total
+        """Bytes of the database, with what waits in the WAL."""
+        return 0 if self.memory else self.value("PRAGMA page_count") * self.value("PRAGMA page_size")
 
     def ready_since(self, now):
-        """ms since when the one of the ready jobs that waits longest could have started, or None.
-        No index has these times: the first in line of each priority are looked at."""
-        levels, times = [1001], []
-        while levels[-1] is not None:
-            levels.append(self.value(
-                "SELECT MAX(priority) FROM jobs WHERE ready = 1 AND priority < ?", (levels[-1],)))
-        for level in levels[1:-1]:
-            with suppress(ValueError):  # dates by another program's hand
-                times.append(parse_date(self.value(
-                    """SELECT MIN(MAX(created_at, run_after))
-                       FROM (SELECT created_at, run_after FROM jobs
-                             WHERE ready = 1 AND priority = ?
-                             ORDER BY rowid LIMIT ?)""", (level, LOOKED_AT // len(levels)))))
-        due = self.next_due()
-        if due <= now:
-            times.append(due)
-        return min(times, default=None)
+        """ms since when the one of the ready jobs that waits longest could have started, or None. No
+        index has these times: the first in line are looked at."""
+        since = self.value(
+            """SELECT MIN(since)
+               FROM (SELECT MAX(created_at, run_after) AS since
+                     FROM (SELECT created_at, run_after FROM jobs
+                           WHERE ready = 1 ORDER BY priority DESC, rowid LIMIT :most)
+                     UNION ALL
+                     SELECT run_after FROM (SELECT run_after FROM jobs WHERE due > 0 AND due <= :now
+                                            ORDER BY due LIMIT 1))""",
+            {"most": LOOKED_AT, "now": now})
+        return since and parse_date(since)
 
-    def completed_at(self, prefix, since):
-        """ISO time of the last completion of a job whose id begins with `prefix`, or None; where
-        many are called so, none before `since` is looked for."""
-        span = (prefix, prefix + "\U0010ffff")
-        if self.value("""SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE id >= ? AND id < ? LIMIT ?)
-                      """, span + (LOOKED_AT,)) < LOOKED_AT:
-            return self.value("""SELECT MAX(finished_at) FROM jobs
-                                 WHERE id >= ? AND id < ? AND +state = 'completed'""", span)
-        return self.value("""SELECT finished_at FROM jobs INDEXED BY jobs_finished
-                             WHERE state = 'completed' AND finished_at >= ?
-                               AND id >= ? AND id < ?
-                             ORDER BY finished_at DESC LIMIT 1""", (since,) + span)
+    def completed_at(self, name, since):
+        """ms of the last completion, since then, of a job whose id begins with `name` or whose unique
+        key it is; None without one."""
+        ended = self.value("""SELECT MAX(finished_at) FROM jobs INDEXED BY jobs_finished
+                              WHERE state = 'completed' AND finished_at >= ?
+                                AND (substr(id, 1, length(?)) = ? OR "unique" = ?)""",
+                           (iso(since), name, name, name))
+        return ended and parse_date(ended)
 
+    # -- for `doctor` and `backup`
 
-@contextmanager
-def beside(path, target=":memory:", mode="ro"):
-    """A connection to `target` that has the database at `path` attached as `source`, read-only:
-    it needs no lock, since WAL lets one read while another writes, and never checkpoints. For a
-    process of its own, never the daemon: to close a file there would drop SQLite's locks on it."""
-    import sqlite3
-    source = sqlite_uri(path) + "?mode=" + mode
+    def integrity(self):
+        """Lines of what is damaged; [] when nothing is."""
+        self.query("SELECT 1 FROM running, attempts, after, unique_keys, answers, totals LIMIT 0")
+        return [row[0] for row in self.query("PRAGMA integrity_check(3)") if row[0] != "ok"]
 
-    def connect(uri):
-        return closing(sqlite3.connect(uri, timeout=REACH_S, isolation_level=None, uri=True))
-    try:
-        with connect(source) as probe:  # ATTACH would only say that it can't open it
-            probe.execute("SELECT 1 FROM sqlite_master LIMIT 1")
-        with connect(sqlite_uri(target)) as connection:
-            connection.execute("ATTACH ? AS source", (source,))
-            yield connection
-    except sqlite3.Error as error:
-        raise storage_error(target if "full" in str(error) else path, error)
-
-
-def copy_database(path, target):
-    """Copy the database at `path`, as it is at one moment, into the empty file `target`; the
-    number of jobs. Rows keep their order; indexes and triggers come when all rows are there."""
-    # Not Connection.backup: 3.6 has none.
-    with beside(path, target) as connection:
-        def run(sql):
-            return connection.execute(sql).fetchall()
-
-        connection.set_progress_handler(lambda: None, 10000)  # or a signal would have to wait
-        for name, value in (("page_size", run("PRAGMA source.page_size")[0][0]),
-                            ("journal_mode", "OFF"), ("synchronous", "OFF")):
-            run("PRAGMA main.%s = %s" % (name, value))
-        run("BEGIN")
-        made = run("""SELECT type, name, sql FROM source.sqlite_master
-                      WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_stat*' ORDER BY rowid""")
-        tables = {name: sql for kind, name, sql in made if kind == "table"}
-        if "jobs" not in tables:
-            raise StorageError("%s holds no queue" % path)
-        for name, sql in tables.items():
+    def copy(self, target):
+        """Copy the database, as it is at one moment, into the empty file `target`; the number of jobs.
+        Rows keep their order; indexes and triggers come when all rows are there."""
+        # Not Connection.backup: 3.6 has none.
+        self.connection.set_progress_handler(lambda: None, 10000)  # or a signal would have to wait
+        self.query("ATTACH ? AS copy", (sqlite_uri(target),))
+        for pragma in ("page_size = 1024", "journal_mode = OFF", "synchronous = OFF"):
+            self.query("PRAGMA copy." + pragma)
+        self.query("BEGIN")
+        for kind, name, sql in self.query("""SELECT type, name, sql FROM main.sqlite_master
+                                             WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_stat*'
+                                             ORDER BY type = 'table' DESC, rowid"""):
             if name != "sqlite_sequence":  # there as soon as it is needed
-                run(sql)
-        for name in tables:
-            name = name.replace('"', '""')
-            run('DELETE FROM main."%s"' % name)  # sqlite_sequence counted along
-            run('INSERT INTO main."%s" SELECT * FROM source."%s"' % (name, name))
-        for kind, _, sql in made:
-            if kind != "table":
-                run(sql)
-        run("PRAGMA main.user_version = %d" % run("PRAGMA source.user_version")[0])
-        run("COMMIT")
-        if run("PRAGMA main.integrity_check") != [("ok",)]:
+                self.query(re.sub("^(CREATE (UNIQUE )?[A-Z]+) ", r"\1 copy.", sql))
+            if kind == "table":
+                self.query("DELETE FROM copy.[%s]" % name)  # sqlite_sequence counted along
+                self.query("INSERT INTO copy.[%s] SELECT * FROM main.[%s]" % (name, name))
+        self.query("PRAGMA copy.user_version = %d" % len(MIGRATIONS))
+        self.query("COMMIT")
+        if self.query("PRAGMA copy.integrity_check") != [("ok",)]:
             raise StorageError("the copy in %s is damaged; check that disk" % target)
-        return run("SELECT COUNT(*) FROM main.jobs")[0][0]
+        return self.value("SELECT COUNT(*) FROM copy.jobs")
 
+# ---- Requests -----------------------------------------------------------------------------------
+# What a request does, the same in the daemon's server and in a command: plain values in, an answer
+# out. What changes the queue runs inside a transaction. Each takes the Store, the time in ms, and
+# what the request says; commands call the looks that the wire knows too.
 
-def back_up(path, target):
-    """Copy the database at `path` into the new file `target`, 0600 from its first instant and on
-    the disk in the end; if anything fails it is removed again. The number of jobs."""
-    if os.path.lexists(target):
-        raise Failure("%s exists, and a backup replaces nothing; name another file" % target)
-    fd = open_private(target, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    try:
-        count = copy_database(path, target)
-        os.fsync(fd)
-        with suppress(OSError):  # a folder may be one that we can't read
-            os.fsync(os.open(os.path.dirname(target), os.O_RDONLY))
-        return count
-    except BaseException as error:
-        os.unlink(target)
-        if isinstance(error, StorageError):
-            raise StorageError("%s; no backup was made" % error)
-        raise
-    finally:
-        os.close(fd)
+def reply(message, **more):
+    return dict(success=True, message=message, **more)
 
+# -- what happens to jobs
 
-def sqlite_version():
-    import sqlite3
-    return sqlite3.sqlite_version_info
+def known_job(store, job_id):
+    job = store.job(job_id) if is_text(job_id) else None
+    if job is None:
+        raise Failure("no job %s; see: queuectl list" % str(job_id)[:128])
+    return job
 
+def on_job_death(store, job_id, now):
+    """Enqueue the `on-dead` line for a job that has just died; its own death enqueues nothing. Returns
+    the new job's id or None."""
+    line = store.settings["on-dead"]
+    job = store.job(job_id) if line else None
+    if job is None or job.own & ON_DEAD:
+        return None
+    new = make_job({"command": line, "env": {
+        "QUEUECTL_DEAD_ID": job.id, "QUEUECTL_DEAD_ERROR": job.error,
+        "QUEUECTL_DEAD_COMMAND": job.command.encode()[:MAX_DEAD_COMMAND].decode("utf-8", "ignore")}},
+        store.settings, now, new_ids(now)[0])
+    store.insert(new._replace(own=ON_DEAD))
+    return new.id
 
-def inspect(path):
-    """(schema's number, identity, what is lacking of the schema, what is damaged) of the database
-    at `path`, which is left as it is; the first two None where they can't be read."""
-    schema, identity, lacks, damage = None, None, (), ""
-    if not os.path.exists(path):
-        return schema, identity, lacks, damage
-    quiet, before = not os.path.exists(path + "-wal"), os.stat(path).st_mtime_ns
-    try:
-        # Of a database that nobody has open SQLite would make a -wal; 3.7.17 still does.
-        with beside(path, mode="ro&immutable=1" if quiet else "ro") as connection:
-            def run(sql):
-                return [row[0] for row in connection.execute(sql).fetchall()]
-            schema, = run("PRAGMA source.user_version")
-            if schema == len(MIGRATIONS):
-                names = "SELECT name FROM %ssqlite_master"
-                with closing(Store(":memory:")) as fresh:
-                    wanted = {row[0] for row in fresh.query(names % "")}
-                lacks = sorted(wanted - set(run(names % "source.")))
-                run("SELECT %s FROM source.jobs LIMIT 0" % COLUMNS)
-            if 0 < schema <= len(MIGRATIONS):
-                identity, = run("SELECT value FROM source.meta WHERE key = 'identity'")
-            lines = run("PRAGMA source.integrity_check(3)")
-            if lines != ["ok"]:
-                damage = ("%s; stop the daemon and restore a backup, or save what is left with:"
-                          " sqlite3 %s .recover" % (", ".join(lines), path))
-    except (StorageError, ValueError) as error:
-        damage = str(error)
-    if quiet and (os.path.exists(path + "-wal") or os.stat(path).st_mtime_ns != before):
-        return inspect(path)  # someone used it meanwhile
-    return schema, identity, lacks, damage
+def check_inserted(store, now):
+    """Make rows that another program inserted jobs like any other; the number of them."""
+    rows = store.unchecked()
+    for rowid, row in rows:
+        job = job_of_others(row, store.settings, now)
+        if job.id != row.id:  # none that a job can have
+            job = job._replace(id=new_ids(now)[0])
+        store.replace(rowid, job)
+        if job.state == "dead" != row.state:
+            on_job_death(store, job.id, now)
+    return len(rows)
 
+def record(store, claim, outcome, worker, now):
+    """Store what became of an attempt: (Verdict, id of the job enqueued by a death); None if it was
+    recorded before."""
+    wish = store.wish(claim.slot, claim.serial)
+    if wish is None:
+        return None
+    spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
+    verdict = decide(claim._replace(wish=wish), outcome, store.settings, now, spread)
+    there = store.finish(claim, verdict, outcome, worker)
+    return verdict, there and verdict.state == "dead" and on_job_death(store, claim.job, now)
+
+# -- changes
+
+def enqueue_batch(store, now, jobs=(), cwd=None, environ=None):
+    """Store all of the jobs, given as objects, or none. `ids` are theirs, or those of the unfinished
+    jobs that hold their unique keys; a Failure's `index` tells which is wrong; `paused` and `workers`
+    what may keep new jobs from running."""
+    if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
+        raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
+    cwd = cwd and checked("cwd", as_cwd, cwd)
+    environ = environ and checked("environ", as_env, environ)
+    ids, held = new_ids(now, len(jobs)), 0
+    for index, given in enumerate(jobs):
+        try:
+            job = make_job(given, store.settings, now, ids[index])
+            holder = job.unique and store.holder(job.unique)
+            if holder:
+                held += 1
+            else:
+                store.insert(job._replace(cwd=job.cwd or cwd, environ=environ))
+            ids[index] = holder or job.id
+        except Failure as error:
+            error.details["index"] = index
+            raise
+    count = len(ids) - held
+    return reply("Enqueued %s" % plural(count, "job"), ids=ids, count=count, paused=store.paused,
+                 workers=store.settings["workers"])
+
+def enqueue(store, now, job=None, cwd=None, environ=None):
+    """Store one job, given as JSON text or as an object."""
+    given = decode_json(job, "the job") if isinstance(job, str) else job
+    answer = enqueue_batch(store, now, [given], cwd, environ)
+    (job_id,), stored = answer.pop("ids"), answer.pop("count")
+    return dict(answer, message="Job enqueued" if stored else "Job already queued", id=job_id)
+
+def for_each(act, states, done):
+    """The change that makes act(store, job, now) of jobs in these states: of all that are named or of
+    none; with `skip`, those that it refuses by a Failure are left out."""
+    def change(store, now, ids=(), skip=False):
+        ids, refused = [ids] if isinstance(ids, str) else ids, []
+        if not isinstance(ids, list) or not 0 < len(ids) <= MAX_NAMED:
+            raise Failure("name the jobs, 1 to %d of them" % MAX_NAMED)
+        ids = list(dict.fromkeys(map(str, ids)))
+        for job_id in ids:
+            try:
+                job = known_job(store, job_id)
+                if job.state not in states:
+                    raise Failure("job %s is %s, not %s; see: queuectl show %s" % (
+                        job_id, job.state, " or ".join(states), job_id))
+                act(store, job, now)
+            except Failure as error:
+                if not skip or isinstance(error, StorageError):
+                    raise
+                refused.append(str(error))
+        count = len(ids) - len(refused)
+        named = "Job " + ids[0] if count == len(ids) == 1 else plural(count, "job")
+        return reply("%s %s" % (named, done), count=count, refused=refused)
+    return change
+
+def pause(store, now, reason=""):
+    """Start nothing new until `resume`."""
+    store.configure("paused", checked("reason", as_text, reason) or "paused")
+    return reply("Queue paused")
+
+def resume(store, now):
+    store.configure("paused", None)
+    return reply("Queue resumed")
+
+def set_setting(store, now, key=None, value=None):
+    text = str(value)
+    stored = read_setting(key, text)
+    store.configure(key, None if text.strip() == "default" else stored)
+    return reply("Updated %s to %s" % (key, text), value=stored)
+
+def start_workers(store, now, count=1):
+    """Want so many workers more. Without a daemon nobody would start them."""
+    count, wanted = checked("count", as_count, count), store.settings["workers"]
+    if store.place.daemon().get("stopping", True):
+        raise NoDaemon(store.path)
+    if wanted + count > MAX_WORKERS:
+        raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted))
+    store.configure("workers", wanted + count)
+    return reply("Started %s" % plural(count, "worker"))
+
+def stop_workers(store, now, count=None, at_once=False):
+    """Want so many workers fewer (None: none at all); `at_once`: their jobs are to be given back."""
+    wanted = store.settings["workers"]
+    left = 0 if count is None else max(wanted - checked("count", as_count, count), 0)
+    store.configure("workers", left)
+    busy = {claim.slot: claim.job for claim in store.open_claims() if left < claim.slot <= MAX_WORKERS}
+    if at_once:
+        store.want_back(busy)
+    return reply("Stopped " + ("workers" if count is None else plural(wanted - left, "worker")),
+                 jobs=list(busy.values()))
+
+# -- looks
+
+def status_of(store, now):
+    """{"jobs", "workers"}, and "paused" in a pause."""
+    told = {"jobs": store.counts(), "workers": len(store.place.slots())}
+    return dict(told, paused=store.paused) if store.paused else told
+
+def workers_of(store, now):
+    """[dict] of the workers; `since`: of its job, or since when it is idle."""
+    busy, found = {claim.slot: (claim.job, claim.number, claim.started_at)
+                   for claim in store.open_claims()}, []
+    for slot in store.place.slots():
+        note = store.place.note_of(slot)
+        job, attempt, since = busy.get(slot, (None, None, note.get("at", now)))
+        leaving = store.settings["workers"] < slot <= MAX_WORKERS
+        found.append({"pid": note.get("pid"), "job": job, "attempt": attempt, "since": iso(since),
+                      "state": "leaving" if leaving else "busy" if job else "idle"})
+    return found
+
+def metrics_of(store, now):
+    """{name: number} of what was counted, and of what is now."""
+    totals, uptime_s = store.totals(), (now - store.place.daemon().get("since", now)) // 1000
+    return dict({name: totals[name] for name in totals if name not in STATES},
+                jobs=store.counts(), uptime="%d min" % (uptime_s // 60), uptime_s=uptime_s,
+                workers_running=len(store.place.slots()), database_bytes=store.size())
+
+def list_jobs(store, now, state=None):
+    """All jobs, or those in a state, as an iterator: they are sent piece by piece."""
+    states = [checked("state", one_of(*STATES), state)] if state else ()
+    return (job.public() for job in store.jobs(store.select(states)))
+
+def about_daemon(store, now):
+    """What `daemon status` tells; Failure without one."""
+    daemon = store.place.daemon()
+    if not daemon:
+        raise NoDaemon(store.path)
+    return dict({name: daemon[name] for name in ("pid", "version", "socket", "stopping")},
+                db=utf8(store.path), uptime_s=(now - daemon["since"]) // 1000,
+                workers=len(store.place.slots()), wanted=store.settings["workers"])
+
+# -- requests
+
+CHANGES = {  # command and option -> its function; what it takes after the time are the arguments
+    "enqueue": enqueue,
+    "enqueue batch": enqueue_batch,
+    "dlq retry": for_each(Store.requeue, ("dead",), "added to queue"),
+    "retry": for_each(Store.requeue, STATES, "added to queue"),
+    "cancel": for_each(Store.cancel, UNFINISHED, "cancelled"),
+    "delete": for_each(lambda store, job, now: store.delete([job.id]), FINISHED, "deleted"),
+    "pause": pause,
+    "resume": resume,
+    "config set": set_setting,
+    "worker start": start_workers,
+    "worker stop": stop_workers,
+}
+LOOKS = {
+    "status": status_of,
+    "list": list_jobs,
+    "dlq list": lambda store, now: list_jobs(store, now, "dead"),
+    "metrics": metrics_of,
+    "daemon status": about_daemon,
+}
+
+def resolve(request):
+    """(whether it changes the queue, function, {argument: value}) that a request stands for."""
+    if not isinstance(request, dict):
+        raise Failure('a request is an object like {"command":"status"}')
+    command, option, flag, value = map(request.get, ("command", "option", "flag", "value"))
+    if command == "config" and flag:  # as the original has it
+        option, flag, value = option or "set", None, {"key": flag, "value": value}
+    name = ("%s %s" % (command, option or "")).strip()
+    function = CHANGES.get(name) or LOOKS.get(name)
+    code = getattr(function, "__code__", None)
+    known = code.co_varnames[2:code.co_argcount] if code else ()
+    if flag is not None:
+        value = {str(flag).lstrip("-"): value}
+    elif not isinstance(value, dict):
+        value = {(known + ("value",))[0]: value}  # the first argument
+    given = {name: one for name, one in value.items() if one is not None}
+    unknown = set(given).difference(known)
+    if function is None or unknown:
+        raise Failure("command %s is unknown to this queuectl, %s; known are %s" % (
+            " ".join([name, *unknown])[:80], VERSION, ", ".join(known or [*CHANGES, *LOOKS])))
+    return name in CHANGES, function, given
+
+def perform(store, request, committed=lambda: None):
+    """The answer to a request; Failure if it is refused. A change that was made before is only answered
+    again. `committed()` is called once it is made, before it is on the disk."""
+    changes, function, arguments = resolve(request)
+    if not changes:
+        with store.mutex:
+            store.refresh()
+        return reply(function(store, now_ms(), **arguments))
+    once = request.get("once") and compact(request["once"])
+    with store.transaction():
+        answer, now = store.recall(once), now_ms()
+        if not answer:
+            check_inserted(store, now)
+            answer = compact(function(store, now, **arguments))
+            store.remember(once, answer)
+    committed()
+    store.sync()
+    return json.loads(answer)
 
 # ---- Running a command --------------------------------------------------------------------------
-# One attempt: its files, its process group, its deadline, its output; what to make of it once its
-# worker is gone; and stopping it from outside.
+# One attempt: its run file, its process group, its deadline, its output, and stopping what is left.
 #
-# Two locks speak for an attempt when nobody else can: the worker's file is locked as long as the
-# worker lives, the run file as long as the worker or anything that the command left behind.
+# Three things speak for an attempt when nobody else can: the lock on its run file, held by whatever
+# it left behind; QUEUECTL_RUN in their environment; and what the worker noted in its slot's file:
+# the serial, the pid of the command's leader, and when that started.
 
-RECORD_BYTES = 4096  # a detail of 300 characters takes 12 bytes each as JSON, at worst
 UNSTARTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT,
              errno.EROFS, errno.EIO)  # the host's fault, not the job's: burns no retry
+FOR_THE_DAEMON = re.compile(b"LISTEN_|WATCHDOG_|NOTIFY_SOCKET")  # what systemd means for it alone
 
-
-class Spool:
-    """DB-run: w.N is the file of worker slot N, N alone the run file of attempt N."""
-
-    def __init__(self, db):
-        self.path = db + "-run"
-
-    def worker_file(self, slot):
-        return "%s/w.%d" % (self.path, slot)
-
-    def run_file(self, serial):
-        return "%s/%d" % (self.path, serial)
-
-    def record(self, claim):
-        """What the worker noted about this very attempt, {} if nothing."""
-        record = {}
-        with passing_over():
-            record = unpad(read_at(self.worker_file(claim.slot), 0, RECORD_BYTES)[0])
-        return record if record.get("serial") == claim.serial else {}
-
-    def tail(self, serial, limit):
-        """(the last `limit` bytes of the attempt's output, how many came before)."""
-        data, size = b"", 0
-        with passing_over():
-            data, size = read_at(self.run_file(serial), -limit, limit)
-        return data, max(size - limit, 0)
-
-    def piece(self, claim, offset, limit):
-        """(bytes of what the running attempt wrote, from byte `offset` of it on, or from what is
-        left of it on; where they start; where all of it ends); None while it is being cut, or
-        can't be looked at."""
-        data, size = b"", 0
-        with suppress(OSError):
-            before = self.record(claim).get("dropped", 0)
-            with passing_over():
-                data, size = read_at(self.run_file(claim.serial), max(offset - (before or 0), 0),
-                                     limit)
-            if before is not None and self.record(claim).get("dropped", 0) == before:
-                return data, max(offset, before), before + size
+def job_environment(claim, run_file):
+    """What a command finds in its environment: its caller's, or the worker's; the job's; ours. None:
+    the worker's, with ours in it, which costs no copy."""
+    ours = {b"QUEUECTL_JOB_ID": claim.job.encode(), b"QUEUECTL_ATTEMPT": b"%d" % (claim.attempts + 1),
+            b"QUEUECTL_RUN": os.fsencode(run_file)}
+    if claim.environ:
+        environ = {as_bytes(name): as_bytes(text) for name, text in json.loads(claim.environ).items()}
+    elif claim.env in (None, "{}"):
+        os.environb.update(ours)
         return None
+    else:
+        environ = dict(os.environb)
+    environ.update((as_bytes(name), as_bytes(text)) for name, text in env_of(claim.env).items())
+    environ.update(ours)
+    return environ
 
-    def discard(self, serial):
-        with suppress(OSError):  # what stays is removed at the next start
-            os.unlink(self.run_file(serial))
-
-    def serials(self):
-        """The attempts that have a run file."""
-        return [int(name) for name in os.listdir(self.path) if name.isdigit()]
-
-
-def settle(record, worker_locked, run_locked, leader_lives, same_boot):
-    """What to do about an open attempt: "leave", "take", "give back", "stop" or "lost".
-
-    record         what its worker noted, {} if nothing
-    worker_locked  the worker lives
-    run_locked     the run file is locked; None: there is none
-    leader_lives   the noted process is there, or others of its group (see `leader`)
-    same_boot      it was claimed since the host started
-    """
-    if not same_boot:
-        return "lost"
-    if record.get("phase") == "ended":  # said once and for all, by a living worker too
-        return "take"
-    if worker_locked:
-        return "leave"
-    if run_locked or leader_lives:
-        return "stop"
-    if run_locked is None and not record.get("pid"):
-        return "give back"
-    return "lost"
-
-
-def group_of(mark, pid=None):
-    """The group, in a session of its own, of a process, no zombie, that has `mark` in its
-    environment; `pid`: if it is that one. None if there is none."""
-    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError, IndexError,
-                      ValueError):  # it is just going
-            group, session = map(int, process_status(int(name))[2:4])
-            if group == session and pid in (None, group) and mark in read_at(
-                    "/proc/%s/environ" % name, 0, 1 << 22)[0].split(b"\0"):
-                return group
-    return None
-
-
-def leader(record, job, run_file):
-    """The pid of the attempt's first process if it still is that one, or if others of its group
-    have outlived it. Else None."""
-    if record.get("phase") == "starting":  # it may have begun, and none has noted its pid
-        return group_of(b"QUEUECTL_RUN=" + os.fsencode(run_file))
-    pid = record.get("pid")
-    if not pid or not record.get("start"):
-        return None
-    start = process_start(pid)
-    lives = (start == record["start"] if start
-             else group_of(b"QUEUECTL_JOB_ID=" + job.encode(), pid))
-    return pid if lives else None
-
-
-def examine(claim, spool):
-    """(what `settle` says of the attempt, its record)."""
-    locked = is_locked(spool.worker_file(claim.slot))  # first: once it is free the record is final
-    record = spool.record(claim)
-    same_boot, run_file = claim.boot == boot_id(), spool.run_file(claim.serial)
-    return settle(record, locked, is_locked(run_file),
-                  same_boot and not locked and bool(leader(record, claim.job, run_file)),
-                  same_boot), record
-
-
-def signal_command(pid, run_file, number):
-    """Signal the group that `pid` leads (None: gone), and whoever else holds the run file."""
-    numbers = (number, signal.SIGCONT) if number == signal.SIGTERM else (number,)
-    for one in numbers:  # a stopped process handles SIGTERM only once it goes on
-        if pid:
+def send(number, group, others):
+    """Signal a process group (None: gone), and other processes."""
+    for one in (number, signal.SIGCONT):  # a stopped process handles SIGTERM only once it goes on
+        with suppress(ProcessLookupError, PermissionError):
+            if group:
+                os.killpg(group, one)
+        for pid in others:
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, one)
-        for holder in holders(run_file):
-            with suppress(ProcessLookupError, PermissionError):
-                if os.getpgid(holder) != pid:
-                    os.kill(holder, one)
+                if os.getpgid(pid) != group:
+                    os.kill(pid, one)
 
+def stop_rest(run_file, group, leads, mark=None):
+    """Return once nothing is left of an attempt: SIGTERM to its process group and to whoever else holds
+    its run file or has `mark` in its environment, SIGKILL after the grace. `leads()`, called time and
+    again, tells whether the group's leader lives."""
+    def alive():
+        return leads() or is_locked(run_file) or mark and processes(mark=mark)
+    number, wait_s = signal.SIGTERM, GRACE_S
+    while alive():
+        held = is_locked(run_file)
+        send(number, group if leads() else None, processes(run_file if held else None, mark)
+             if held or mark else ())
+        until = monotonic() + wait_s
+        while alive() and monotonic() < until:
+            sleep(0.02)
+        number, wait_s = signal.SIGKILL, min(wait_s, 0.1) * 2
 
-class Spawned:
-    """A child of ours, as far as we need of what subprocess.Popen is."""
+def dropped_of(fd):
+    """How many bytes are missing at the start of a run file, by its header: -1 while it is cut."""
+    return int(os.pread(fd, HEADER, 0).strip(b"\0\n") or 0)
 
-    def __init__(self, pid):
-        self.pid = pid
-
-    def wait(self):
-        os.waitpid(self.pid, 0)
-
-
-class PosixSpawn:
-    """posix_spawn(3) with the arguments of `spawn`. AttributeError or OSError where the C library
-    has none that can start a session (glibc before 2.26)."""
-
-    SETSIGDEF, SETSID = 0x04, 0x80  # its flags on Linux
-    ROOM = 1024                     # bytes: more than any of its structures takes
-
-    def __init__(self):
-        import ctypes
-        self.ctypes, self.libc = ctypes, ctypes.CDLL(None)
-        self.attributes = ctypes.create_string_buffer(self.ROOM)
-        self.libc.posix_spawnattr_init(self.attributes)
-        self.libc.posix_spawnattr_setsigdefault(self.attributes, b"\xff" * self.ROOM)  # all
-        self.check(self.libc.posix_spawnattr_setflags(self.attributes,
-                                                      self.SETSIGDEF | self.SETSID))
-
-    def check(self, error, *path):
-        if error:
-            raise OSError(error, os.strerror(error), *path)
-
-    def strings(self, words):
-        """The bytes in `words` as C takes them."""
-        if any(b"\0" in word for word in words):
-            raise ValueError("embedded null byte")
-        return (self.ctypes.c_char_p * (len(words) + 1))(*words)
-
-    def actions(self, output):
-        """What the child does to its descriptors."""
-        actions = self.ctypes.create_string_buffer(self.ROOM)
-        for name, *values in (("init",), ("addopen", 0, b"/dev/null", os.O_RDONLY, 0),
-                              ("adddup2", output, 1), ("adddup2", output, 2)):
-            add = getattr(self.libc, "posix_spawn_file_actions_" + name)
-            self.check(add(actions, *values))
-        return actions
-
-    def __call__(self, argv, *, cwd, env, output, kept):
-        places = [argv[0]] if b"/" in argv[0] else [
-            os.path.join(os.fsencode(folder), argv[0]) for folder in os.get_exec_path(env)]
-        words, pid = self.strings(argv), self.ctypes.c_int()
-        environ = (self.ctypes.c_void_p.in_dll(self.libc, "environ") if env is None else
-                   self.strings([name + b"=" + value for name, value in env.items()]))
-        os.set_inheritable(kept, True)
-        actions = self.actions(output)
-        try:
-            os.chdir(cwd)
-            for place in [one for one in places if os.access(one, os.X_OK)] or places:
-                error = self.libc.posix_spawn(self.ctypes.byref(pid), place, actions,
-                                              self.attributes, words, environ)
-                if not error:  # else it may be a directory, or lack its interpreter
-                    break
-            self.check(error, argv[0])
-        finally:
-            os.chdir("/")  # keeps no file system busy
-            self.libc.posix_spawn_file_actions_destroy(actions)
-        return Spawned(pid.value)
-
-
-@functools.lru_cache(maxsize=None)
-def posix_spawn():
-    """A PosixSpawn where it pays, else None. It shares our memory until the exec, as subprocess
-    does since Python 3.10; to copy the page tables takes longer than a short job."""
-    if sys.version_info < (3, 10) and sys.platform == "linux":
-        with suppress(ImportError, AttributeError, OSError, MemoryError):
-            return PosixSpawn()
+def read_running(run_file, offset, limit):
+    """(bytes of what a running attempt wrote, from byte `offset` of it on, or from what is left of it
+    on; where they start; where all of it ends); None while it is being cut, or gone."""
+    with suppress(OSError, ValueError), open(run_file, "rb", buffering=0) as file:
+        fd, dropped = file.fileno(), dropped_of(file.fileno())
+        data = os.pread(fd, limit, HEADER + max(offset - dropped, 0))
+        end = dropped + max(os.fstat(fd).st_size - HEADER, 0)
+        if 0 <= dropped == dropped_of(fd):
+            return data, max(offset, dropped), end
     return None
 
-
-def spawn(argv, *, cwd, env, output, kept):
-    """Start `argv` in a session of its own, with what it writes led to the descriptor `output`, and
-    with `kept` open; its pid and `wait()`. OSError or ValueError where that can't be."""
-    if posix_spawn():
-        return posix_spawn()(argv, cwd=cwd, env=env, output=output, kept=kept)
-    import subprocess
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd,
-                            env=env, pass_fds=(kept,), start_new_session=True)
-
-
-def exit_status(process):
-    """As subprocess gives it, None while it runs; where possible without reaping, since a pid is
-    safe to signal only as long as it is not reaped."""
-    if not hasattr(os, "waitid"):
-        return process.poll()
-    info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if info is None:
-        return None
-    return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-
-
-def job_environment(order, run_file):
-    """What a command finds in its environment: the worker's, the job's, ours. None: the worker's,
-    with ours in it, which costs no copy."""
-    ours = {b"QUEUECTL_JOB_ID": order["id"].encode(),
-            b"QUEUECTL_ATTEMPT": str(order["attempt"]).encode(),
-            b"QUEUECTL_RUN": os.fsencode(run_file)}  # by which `leader` knows it
-    if order["env"]:
-        own = {name.encode(): value.encode() for name, value in order["env"].items()}
-        return {**os.environb, **own, **ours}
-    os.environb.update(ours)
-    return None
-
-
-def bury_strangers(ours):
-    """Reap ended children but for `ours`: process 1 of a container is given those that jobs left
-    in the background, and nobody else does it."""
-    with suppress(ChildProcessError):
-        while True:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None or ended.si_pid in ours:
-                return
-            os.waitpid(ended.si_pid, 0)
-
+def tail_of(run_file, limit):
+    """(the last `limit` bytes of what an attempt wrote, how many came before)."""
+    end = (read_running(run_file, 0, 0) or (b"", 0, 0))[2]
+    data, start, _ = read_running(run_file, max(end - limit, 0), limit) or (b"", 0, 0)
+    return data, start
 
 class Attempt:
-    """One run of one command, on its worker's side.
+    """One run of one command, on its worker's side."""
 
-    `order` is what the daemon sent: serial, id, attempt, command, shell, cwd, env, timeout (ms) and
-    limit (bytes of output kept). `write(**record)` writes the worker's record, `poll` is what the
-    worker waits with.
-    """
-
-    def __init__(self, order, run_file, write, poll):
-        self.order = order
-        self.path = run_file
-        self.write = write
-        self.poll = poll
-        self.record = {"serial": order["serial"]}  # what is noted of it so far
+    def __init__(self, worker, claim):
+        self.worker = worker
+        self.claim = claim
+        self.path = worker.place.file(claim.serial)
         self.process = None
         self.output = None      # where the command's stdout and stderr come in: polled
         self.file = None        # the run file, locked
-        self.size = 0           # bytes in it
+        self.size = 0           # bytes of output in it
         self.dropped = 0        # bytes no longer in it
-        self.bound = max(MIN_RUN_FILE, 16 * order["limit"])
-        self.reason = ""        # as in Outcome
-        self.deadline = None    # monotonic: the next thing to do of its own accord
-        self.kill_at = None     # monotonic: end of the grace, once it is being stopped
+        self.limit = worker.store.settings["output-limit"]
         self.status = None      # of the leader, once it has ended
-        self.over = False       # all is done and noted
+        self.reason = ""        # as in Outcome
 
-    def note(self, **news):
-        self.record.update(news)
-        self.write(**self.record)
-
-    def start(self, now):
-        """Make and lock the run file, then start the command."""
-        self.note(phase="starting")  # no room for it: better now than later
+    def run(self):
+        """See the command through; the Outcome."""
         try:
-            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            fcntl.flock(self.file, fcntl.LOCK_EX)
-            self.spawn()
-        except OSError as error:
-            self.fail(error)
-        except (AttributeError, TypeError, ValueError) as error:  # what another program wrote
-            self.finish("refused", "can't start: %s" % error)
-        else:
-            pid = self.process.pid
-            self.note(phase="running", pid=pid, start=process_start(pid))
-            if self.order["timeout"]:
-                self.deadline = now + self.order["timeout"] / 1000.0
+            self.start()
+            self.watch()
+            if self.reason or self.status:
+                self.sweep()
+            self.process.wait()
+        except (OSError, ValueError) as error:  # a NUL, say, in what another program inserted
+            if self.process:
+                raise
+            return self.outcome(
+                "unstarted" if getattr(error, "errno", None) in UNSTARTED else "refused",
+                "can't start: %s %s" % (getattr(error, "strerror", error),
+                                        os.fsdecode(getattr(error, "filename", None) or "")))
+        finally:
+            self.close_output()
+            if self.file is not None:
+                os.close(self.file)
+        return self.outcome(self.reason)
 
-    def fail(self, error):
-        """It can't be started, by its own fault or because the host lacks something."""
-        place, spool = os.fsdecode(error.filename or ""), os.path.dirname(self.path)
-        if place == self.path:
-            place = spool  # a number would make each line of the log another
-        there = place == os_path(self.order["cwd"])
-        place = place and (" in " if there or place == spool else " ") + place
-        own_fault = error.errno not in UNSTARTED or there and error.errno == errno.EIO
-        self.finish("refused" if own_fault else "unstarted",
-                    "can't start%s: %s" % (place, os.strerror(error.errno)))
+    def outcome(self, reason, detail=""):
+        output, before = tail_of(self.path, self.limit) if self.size else (b"", self.dropped)
+        return Outcome(self.status, reason, safe(detail), output, before, now_ms())
 
-    def spawn(self):
-        order = self.order
+    def start(self):
+        """Make and lock the run file, start the command, note its leader."""
+        import subprocess
+        claim, worker = self.claim, self.worker
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(self.file, fcntl.LOCK_EX)
         self.output, theirs = os.pipe()
-        os.set_blocking(self.output, False)  # a command may read from there what we were told of
-        self.poll.register(self.output, select.POLLIN)
-        argv = [word.encode() for word in order["shell"]] + [order["command"].encode()]
         try:
-            self.process = spawn(argv, cwd=os.fsencode(os_path(order["cwd"])), output=theirs,
-                                 env=job_environment(order, self.path), kept=self.file)
+            os.set_blocking(self.output, False)  # the command may read from there what we heard of
+            worker.poll.register(self.output, select.POLLIN)
+            self.process = subprocess.Popen(
+                split_shell(worker.store.settings["shell"]) + [claim.command.encode()],
+                stdin=worker.null, stdout=theirs, stderr=theirs,
+                cwd=as_bytes(claim.cwd) if claim.cwd else os.path.dirname(worker.place.db),
+                env=job_environment(claim, self.path), pass_fds=(self.file,), start_new_session=True)
         finally:
             os.close(theirs)
+        worker.note(serial=claim.serial, leader=self.process.pid)
 
-    def on_output(self):
+    def watch(self):
+        """Wait for the command's end, for its deadline, or for a wish to end it."""
+        worker, pid, now = self.worker, self.process.pid, monotonic()
+        deadline = now + (self.claim.timeout or MAX_MS) / 1000.0
+        note_at = now + 0.01  # right after the start /proc would wait for the exec
+        while self.status is None and not self.reason:
+            left = min(note_at, deadline, now + LOOK_S) - now
+            ready = worker.listen(left)
+            if self.output in ready:
+                self.pump()
+            if worker.wake_fd in ready:
+                self.leads()
+            wish, now = worker.wish(self.claim), monotonic()
+            if now >= note_at:
+                note_at = deadline + LOOK_S
+                worker.note(serial=self.claim.serial, leader=pid, start=process_start(pid))
+            wish = wish or "timeout" * (now >= deadline)
+            if wish and self.leads():  # else it has ended by itself
+                self.reason = wish
+        self.drain()
+
+    def leads(self):
+        """Whether the command's leader still runs; takes its output meanwhile. Where possible without
+        reaping: a pid is safe to signal only as long as it is not reaped."""
+        if self.output is not None:
+            self.pump()
+        if self.status is None and hasattr(os, "waitid"):
+            info = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if info is not None:
+                self.status = (info.si_status if info.si_code == os.CLD_EXITED else -info.si_status)
+        elif self.status is None:
+            self.status = self.process.poll()
+        return self.status is None
+
+    def sweep(self):
+        """After a failure nothing of it may be left: there will be a next attempt."""
+        os.close(self.file)  # so that the lock tells of others alone
+        self.file = os.open(self.path, os.O_RDWR)
+        stop_rest(self.path, self.process.pid, self.leads)
+        send(signal.SIGKILL, self.process.pid, ())  # who closed the lock
+        self.drain()
+
+    def pump(self):
+        """Take a piece of its output, if there is one."""
         with suppress(BlockingIOError):
             data = os.read(self.output, PIECE)
             if data:
                 self.keep(data)
             else:
                 self.close_output()
-
-    def keep(self, data):
-        """Add to the run file; a full disk costs the output, not the job."""
-        try:
-            done = os.pwrite(self.file, data, self.size)
-        except OSError:
-            done = 0
-        self.size += done
-        self.dropped += len(data) - done
-        if self.size > self.bound:
-            self.cut()
-
-    def cut(self):
-        """Leave the last `limit` bytes. Written first, then cut: a crash leaves too much. Who
-        reads meanwhile is told."""
-        limit = self.order["limit"]
-        with suppress(OSError):
-            tail = os.pread(self.file, limit, self.size - limit) if limit else b""
-            self.note(dropped=None)
-            os.pwrite(self.file, tail, 0)
-            os.ftruncate(self.file, len(tail))
-            self.dropped += self.size - len(tail)
-            self.size = len(tail)
-            self.note(dropped=self.dropped)
+            return bool(data)
 
     def drain(self):
         """Take what is in the pipe now: whoever still writes there is not waited for."""
-        for _ in range(MAX_PIPE // PIECE):
-            if self.output is not None:
-                self.on_output()
-        self.close_output()
+        for _ in range(64):
+            if self.output is None or not self.pump():
+                break
 
     def close_output(self):
         if self.output is not None:
-            self.poll.unregister(self.output)  # closed it would be "ready" for ever
+            self.worker.poll.unregister(self.output)  # closed it would be "ready" for ever
             os.close(self.output)
             self.output = None
 
-    def on_message(self, reason, now):
-        """Stop it, "cancelled" or "stopped", unless it has ended by itself."""
-        self.look(now)
-        if self.status is None and not self.over:
-            self.stop(reason, now)
+    def keep(self, data):
+        """Add to the run file; a full disk costs the output, not the job."""
+        done = 0
+        with suppress(OSError):
+            done = os.pwrite(self.file, data, HEADER + self.size)
+        self.size += done
+        if self.size > max(MIN_RUN_FILE, 16 * self.limit):
+            self.cut()
+        self.dropped += len(data) - done
 
-    def look(self, now):
-        """Has the leader ended, or has the time come for the next step?"""
-        if self.status is None and not self.over:
-            self.status = exit_status(self.process)
-            if self.status is not None:
-                self.drain()
-                self.deadline = now
-        if self.deadline is None or now < self.deadline:
-            return
-        if self.status is None:
-            self.stop("timeout", now)
-        elif self.status == 0 and not self.reason:
-            self.finish("")
-        else:
-            self.sweep(now)
+    def cut(self):
+        """Leave the last `limit` bytes. Who reads meanwhile is told."""
+        with suppress(OSError):
+            tail = os.pread(self.file, self.limit, HEADER + self.size - self.limit)
+            self.mark_dropped(-1)
+            os.pwrite(self.file, tail, HEADER)
+            os.ftruncate(self.file, HEADER + len(tail))
+            self.dropped += self.size - len(tail)
+            self.size = len(tail)
+            self.mark_dropped(self.dropped)
 
-    def stop(self, reason, now):
-        """SIGTERM to all of it, SIGKILL once the grace is over. The first reason stands."""
-        self.reason = self.reason or reason
-        if self.kill_at is None or now >= self.kill_at:
-            number = signal.SIGTERM if self.kill_at is None else signal.SIGKILL
-            self.kill_at = self.deadline = now + GRACE_S
-            signal_command(self.process.pid, self.path, number)
-
-    def sweep(self, now):
-        """After a failure nothing of it may be left: there will be a next attempt."""
-        self.close_file()  # so that the lock tells of others alone
-        if not is_locked(self.path):
-            signal_command(self.process.pid, self.path, signal.SIGKILL)  # who closed the lock
-            self.finish(self.reason)
-            return
-        self.stop("", now)
-        self.deadline = now + 0.02  # nothing wakes us when a lock is freed
-
-    def finish(self, reason, detail=""):
-        """Note the outcome, then reap: until then the pid can't have become another's."""
-        self.note(phase="ended", start=None, reason=reason, status=self.status,  # none to look for
-                  detail=safe(detail)[:300], size=self.size, dropped=self.dropped, at=now_ms())
-        self.over, self.deadline = True, None
-        if self.process:
-            self.process.wait()
-        self.close_output()
-        self.close_file()
-
-    def close_file(self):
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
-
-
-# ---- Protocol -----------------------------------------------------------------------------------
-# JSON over Unix sockets. The daemon's never block: the loop that watches them, their buffers, where
-# a request ends, who is at the other end. A client asks and waits.
-
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
-
-def encode(message):
-    return compact(message).encode() + b"\n"
-
-
-class Loop:
-    """Sockets and what to call, with the events that happened, when they are ready."""
-
-    def __init__(self):
-        self.selector = selectors.DefaultSelector()
-
-    def want(self, sock, events, callback):
-        """Watch `sock` for READ, WRITE, both, or 0: not at all."""
-        self.remove(sock)
-        if events:
-            self.selector.register(sock, events, callback)
-
-    def remove(self, sock):
-        with suppress(KeyError, ValueError):
-            self.selector.unregister(sock)
-
-    def wait(self, timeout):
-        """Call whatever is ready within `timeout` seconds."""
-        for key, events in self.selector.select(timeout):
-            key.data(events)
-
-
-class Channel:
-    """A socket in the loop with a buffer each way.
-
-    `on_input(channel)` is called when bytes were added to `inbox`, and when all was sent: the next
-    request may wait there. `on_end(channel)`: when the other side has stopped sending. `pages`, an
-    iterator of bytes, is sent piece by piece.
-    """
-
-    def __init__(self, sock, loop, on_input, on_end):
-        sock.setblocking(False)
-        self.sock = sock
-        self.loop = loop
-        self.on_input = on_input
-        self.on_end = on_end
-        self.inbox = bytearray()
-        self.outbox = bytearray()
-        self.pages = None
-        self.watched = 0              # the events asked of the loop
-        self.open = True
-        self.ended = False            # the other side sends no more
-        self.busy = False             # a request of it is being worked on
-        self.active_at = monotonic()
-        self.watch()
-
-    def on_event(self, events):
-        if events & WRITE:
-            self.flush()
-            if self.open:
-                self.on_input(self)
-        if self.open and events & READ:
-            self.receive()
-
-    def receive(self):
-        try:
-            data = self.sock.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self.active_at = monotonic()
-        if data:
-            self.inbox += data
-            self.on_input(self)
-        else:
-            self.ended = True
-            self.watch()  # no longer for reading: it would be "ready" for ever
-            self.on_end(self)
-
-    def send(self, message):
-        if self.open:
-            self.outbox += encode(message)
-            self.flush()
-
-    def flush(self):
-        try:
-            while self.open and (self.outbox or self.refill()):
-                del self.outbox[:self.sock.send(self.outbox)]
-                self.active_at = monotonic()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.close()
-            self.on_end(self)
-            return
-        self.watch()
-
-    def refill(self):
-        """Put the next page into the outbox; False when there is none."""
-        try:
-            self.outbox += next(self.pages) if self.pages else b""
-        except StopIteration:
-            self.pages = None
-        return bool(self.outbox)
-
-    def watch(self):
-        """Ask the loop for what this channel waits for."""
-        events = (0 if self.ended else READ) | (WRITE if self.outbox else 0)
-        if self.open and events != self.watched:
-            self.watched = events
-            self.loop.want(self.sock, events, self.on_event)
-
-    def idle(self):
-        """Whether nothing is asked and nothing is left to send."""
-        return not (self.busy or self.pages or self.inbox or self.outbox)
-
-    def close(self):
-        if self.open:
-            self.open = False
-            self.loop.remove(self.sock)
-            self.sock.close()
-
-
-def is_whole(inbox):
-    """Whether it is one JSON object; what is nested too deeply to tell may as well be refused."""
-    if inbox[-64:].rstrip()[-1:] != b"}":
-        return False
-    try:
-        json.loads(inbox)
-        return True
-    except ValueError:
-        return False
-    except RecursionError:
-        return True
-
-
-def take_request(inbox, ended=False):
-    """Remove and return the first whole request in `inbox`, None if there is none yet.
-
-    It ends with a newline; for clients that send none, once it is one whole JSON object, or when
-    they have `ended`. Raises Failure when it is too large.
-    """
-    if inbox[:1].isspace():
-        inbox[:] = inbox.lstrip()
-    end = inbox.find(b"\n")
-    if end < 0 and inbox and (ended or is_whole(inbox)):
-        end = len(inbox)
-    if end > MAX_REQUEST or (end < 0 and len(inbox) > MAX_REQUEST):
-        raise Failure("a request has at most %d bytes" % MAX_REQUEST)
-    if end < 0:
-        return None
-    request = bytes(inbox[:end])
-    del inbox[:end + 1]
-    return request
-
-
-def parse_request(data):
-    """The object that a request is; a Failure says what is wrong with it."""
-    request = decode_json(data, "the request")
-    if not isinstance(request, dict) or not isinstance(request.get("command"), str):
-        raise Failure('a request is an object like {"command":"status"}')
-    return request
-
-
-def encode_request(request):
-    """As UTF-8: escapes could make it three times as long. Lone surrogates have to be escaped, as
-    \\udcff, by JSON and by backslashreplace alike."""
-    text = json.dumps(request, separators=(",", ":"), ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
-def error_answer(error):
-    """The answer for a Failure."""
-    return dict(success=False, message="Error: %s" % error, **error.details)
-
-
-def peer_uid(sock):
-    """Who is at the other end of a Unix socket, by the kernel's word; None where it gives none."""
-    if hasattr(socket, "SO_PEERCRED"):
-        return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-    if hasattr(socket, "LOCAL_PEERCRED"):  # struct xucred: version, uid, …
-        return struct.unpack("2I", sock.getsockopt(0, socket.LOCAL_PEERCRED, 8))[1]
-    return None
-
-
-class Answer(dict):
-    """An object that a daemon sent."""
-
-    def __missing__(self, key):
-        raise Failure("the daemon's answer lacks %s, which queuectl %s looks for; its version tells:"
-                      " daemon status; restart it: daemon stop, worker start" % (key, VERSION))
-
-
-def ask(path, request, patience=ANSWER_S):
-    """The answer of the daemon at socket `path`; Unreachable when there is none."""
-    data = encode_request(request)
-    if len(data) > MAX_REQUEST:
-        raise Failure("this is too large, %d bytes; a request has at most %d"
-                      % (len(data), MAX_REQUEST))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(patience)
-        try:
-            sock.connect(path)
-            if peer_uid(sock) not in (os.geteuid(), None):
-                raise Failure("%s is served by another user (uid %d); give another --socket"
-                              % (path, peer_uid(sock)))
-            sock.sendall(data)
-            data = bytearray()
-            while not data.endswith(b"\n"):
-                piece = sock.recv(1 << 18)
-                if not piece:
-                    raise Unreachable("the daemon at %s broke off" % path)
-                data += piece
-        except socket.timeout:
-            raise Failure("the daemon at %s does not answer; whether it did what was asked shows:"
-                          " list" % path)
-        except OSError as error:
-            raise Unreachable("nobody answers at %s: %s" % (path, error.strerror or error))
-    answer = decode_json(data, "the answer from %s" % path, Answer)
-    return answer if isinstance(answer, dict) else Answer()
-
+    def mark_dropped(self, count):
+        os.pwrite(self.file, b"%*d\n" % (HEADER - 1, count), 0)
 
 # ---- Worker -------------------------------------------------------------------------------------
-# The child's side: runs in a process of its own, forked by the daemon, and owns no data. Orders
-# come down its socket, outcomes go up; first it notes in its file what it runs and how that ended,
-# for whoever comes after the daemon. Without one it finishes its job and leaves.
+# A process of its own, forked by a Pool, the owner of a slot. Its supervisor only wakes it; without
+# one it finishes its job and leaves.
 
-def own_environment():
-    """Take out of the environment what the daemon's service manager meant for it alone."""
-    for name in list(os.environb):
-        if name.startswith((b"LISTEN_", b"WATCHDOG_")) or name == b"NOTIFY_SOCKET":
-            del os.environb[name]
-
-
-class Worker:
-    """The loop of one worker. `sock`: to the daemon; `slot_fd`: its file, locked."""
-
-    def __init__(self, sock, slot_fd, spool):
-        self.sock = sock
-        self.slot_fd = slot_fd
-        self.spool = spool
-        self.inbox = b""         # the beginning of a line
-        self.attempt = None
-        self.leaving = False     # the daemon wants no more of it, or is gone
-        own_environment()
-        self.wake, wake_fd = os.pipe()
-        for fd in (self.wake, wake_fd):
-            os.set_blocking(fd, False)
-        signal.set_wakeup_fd(wake_fd)
-        sock.setblocking(False)
-        self.poll = select.poll()
-        self.poll.register(sock, select.POLLIN)
-        self.poll.register(self.wake, select.POLLIN)
-
-    def run(self):
-        while self.attempt or not self.leaving:
-            self.step()
-
-    def step(self):
-        """Wait for whatever comes first, and pass it on."""
-        ready = [fd for fd, _ in self.poll.poll(self.timeout_ms())]
-        if self.wake in ready:
-            os.read(self.wake, 512)
-        if self.attempt and self.attempt.output in ready:
-            self.attempt.on_output()
-        if self.sock.fileno() in ready:
-            self.on_daemon()
-        if self.attempt:
-            self.attempt.look(monotonic())
-            if self.attempt.over:
-                self.attempt = None
-
-    def timeout_ms(self):
-        if self.attempt is None or self.attempt.deadline is None:
-            return None
-        left = int((self.attempt.deadline - monotonic()) * 1000) + 1
-        return min(max(left, 0), UNITS_MS["d"])  # poll takes no more than some 24 days
-
-    def on_daemon(self):
-        """Orders, stops, or the end of the connection."""
-        try:
-            data = self.sock.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.leaving = True
-            self.poll.unregister(self.sock)
-        *lines, self.inbox = (self.inbox + data).split(b"\n")
-        for line in lines:
-            self.obey(json.loads(line))
-
-    def obey(self, message):
-        if "leave" in message:
-            self.leaving = True
-        elif "stop" not in message:
-            self.attempt = Attempt(message, self.spool.run_file(message["serial"]), self.write,
-                                   self.poll)
-            self.attempt.start(monotonic())
-        elif self.attempt and self.attempt.order["serial"] == message["stop"]:
-            self.attempt.on_message(message["reason"], monotonic())
-
-    def write(self, **record):
-        """Write the record, and tell the daemon once it stands for good."""
-        os.pwrite(self.slot_fd, pad(record, RECORD_BYTES), 0)
-        if record["phase"] == "ended":
-            with suppress(OSError):  # no daemon: the next one reads the file
-                self.sock.send(encode(record))
-
-
-def close_other_descriptors(keep):
-    """A copy of another worker's socket, of the lock or of a connection would hide its end."""
-    try:
-        last = max(map(int, os.listdir("/dev/fd")))
-    except OSError:
-        last = os.sysconf("SC_OPEN_MAX")
-    keep = sorted(keep)  # begins with 0: closerange(0, 0) closes everything since CPython 3.10
-    for low, high in zip(keep, keep[1:] + [last + 1]):
-        os.closerange(low + 1, high)
-
+def close_descriptors(keep):
+    """Close all but these and stdio: a copy of another child's socket would hide its end, one of a lock
+    would hold it."""
+    signal.set_wakeup_fd(-1)  # it would write into whatever has that number next
+    for fd in map(int, os.listdir("/dev/fd")):
+        if fd > 2 and fd not in keep:
+            with suppress(OSError):  # the one that listed them
+                os.close(fd)
 
 def default_signals():
-    """A job starts with default dispositions and an empty mask, whatever the daemon inherited.
-    Handlers that do nothing, not SIG_IGN: exec resets handlers only."""
+    """A job starts with default dispositions and an empty mask, whatever the daemon inherited. Nor does
+    a signal end or stop us, who may hold the lock. By handlers that do nothing, not SIG_IGN: exec
+    resets handlers only."""
     for number in range(1, signal.NSIG):
         with suppress(OSError, ValueError):
-            ours = number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-            python = number in (signal.SIGPIPE, getattr(signal, "SIGXFSZ", 0))
-            if ours or (signal.getsignal(number) == signal.SIG_IGN and not python):
+            if number in HELD + (signal.SIGCHLD,) or signal.getsignal(number) == signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-
-@functools.lru_cache(maxsize=None)  # a second daemon in this process hears the first answer
 def set_open_files(limit=None):
     """Set the soft limit of descriptors, None: as high as allowed; the limit before."""
     import resource
@@ -2534,992 +2015,428 @@ def set_open_files(limit=None):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if limit is None else limit, hard))
     return soft
 
+def wakeup_fd():
+    """A descriptor that is readable after each signal that has a handler."""
+    wake, theirs = os.pipe()
+    for fd in (wake, theirs):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(theirs)
+    return wake
 
-def worker_main(sock, slot_fd, spool, open_files):
+class Worker:
+    """The owner of a slot, whose file `slot_fd` it has locked. `sock`: to its supervisor; `only`: the
+    ids of the jobs it is for, None: any; []: it only settles what it finds in its slot."""
+
+    def __init__(self, place, slot, slot_fd, sock, only):
+        self.place = place
+        self.slot = slot
+        self.slot_fd = slot_fd
+        self.sock = sock
+        self.alone = False       # the supervisor is gone, or wants no more of it
+        self.only = only
+        self.look_at = 0.0       # monotonic: when to look for a wish again
+        self.store = Store(place, door=True)
+        self.wake_fd = wakeup_fd()
+        self.null = os.open(os.devnull, os.O_RDONLY)
+        sock.setblocking(False)
+        self.poll = select.poll()
+        self.poll.register(sock, select.POLLIN)
+        self.poll.register(self.wake_fd, select.POLLIN)
+
+    def run(self):
+        """Settle, then: one transaction, one job, until it is to leave."""
+        claim, outcome = self.found()
+        while True:
+            claim = self.turn(claim, outcome)
+            if claim:
+                outcome = Attempt(self, claim).run()
+                if outcome.reason == "unstarted":
+                    self.listen(LOOK_S)  # what the host lacks now it may have then
+            elif self.await_word():
+                outcome = None
+            else:
+                return
+
+    def note(self, **news):
+        with suppress(OSError):
+            write_note(self.slot_fd, pid=os.getpid(), only=self.only, at=now_ms(), **news)
+
+    def found(self):
+        """(Claim, Outcome) of the attempt that the last owner of the slot left open, once nothing of it
+        is left; (None, None) without one."""
+        claims = self.store.open_claims(slot=self.slot)
+        if not claims:
+            return None, None
+        claim, run_file = claims[0], self.place.file(claims[0].serial)
+        note, same_boot = self.place.note_of(self.slot), claim.boot == boot_id()
+        reason = reason_of(claim.wish, same_boot, os.path.lexists(run_file))
+        if same_boot:
+            start = note.get("start") if note.get("serial") == claim.serial else None
+            stop_rest(run_file, note.get("leader"),
+                      lambda: start and process_start(note["leader"]) == start,
+                      b"QUEUECTL_RUN=" + os.fsencode(run_file))
+        output, dropped = tail_of(run_file, self.store.settings["output-limit"])
+        return claim, Outcome(None, reason, "", output, dropped, now_ms())
+
+    def turn(self, claim, outcome):
+        """One transaction between two jobs: the outcome, and the next Claim or None; where that fails,
+        the outcome alone, again and again."""
+        pause_s = BUSY_S
+        while True:
+            for claims in (True, False):
+                try:
+                    return self.record_and_claim(claim, outcome, claims)
+                except StorageError:
+                    if self.leaves():
+                        self.store.check_file()  # raises: nothing can be stored any more
+                    if outcome is None:
+                        return None
+            self.listen(pause_s)
+            pause_s = min(pause_s * 2, 5.0)
+
+    def record_and_claim(self, claim, outcome, claims):
+        store, recorded, new = self.store, None, None
+        with store.transaction():
+            now = now_ms()
+            if claim:
+                recorded = record(store, claim, outcome, os.getpid(), now)
+            if claims and not self.leaves():
+                new = store.claim(self.slot, boot_id(), now, self.only)
+        if claim:
+            with suppress(OSError):
+                os.unlink(self.place.file(claim.serial))
+            if recorded:
+                self.tell(claim, outcome, *recorded)
+        return new
+
+    def leaves(self):
+        """Whether it is to claim no more."""
+        return (self.alone or self.only == []
+                or self.store.settings["workers"] < self.slot <= MAX_WORKERS)
+
+    def tell(self, claim, outcome, verdict, on_dead):
+        """Log what an operator should know; wake the supervisor for what it has to see to."""
+        error = verdict.error or outcome.detail
+        if error:
+            self.place.log("job %s is %s after attempt %d of %d: %s" % (
+                claim.job, verdict.state, verdict.attempts, claim.max_retries or 0, error))
+        if on_dead and self.only and claim.job in self.only:
+            self.only.append(on_dead)
+        if verdict.due is not None or on_dead:
+            with suppress(OSError):
+                self.sock.send(b"!")
+
+    def listen(self, wait_s):
+        """Wait for something to hear, at most so long; the descriptors that are readable. What the
+        supervisor sends is only that there is something to look at, or its end. The socket stays open:
+        its end would tell of ours."""
+        ready = [fd for fd, _ in self.poll.poll(max(int(wait_s * 1000) + 1, 0))]
+        if self.wake_fd in ready:
+            os.read(self.wake_fd, 512)
+        if self.sock.fileno() in ready:
+            self.look_at, data = 0.0, b""
+            with suppress(OSError):
+                data = self.sock.recv(512)
+            if not data:
+                self.poll.unregister(self.sock)
+                self.alone = True
+        return ready
+
+    def wish(self, claim):
+        """What somebody wishes of the attempt: looked up when we are woken, and once a second."""
+        if monotonic() >= self.look_at:
+            self.look_at = monotonic() + LOOK_S
+            with suppress(StorageError):
+                return self.store.wish(claim.slot, claim.serial)
+
+    def await_word(self):
+        """Idle until there may be something to do; False when it is to leave."""
+        self.note()
+        done = self.only is not None and not any(
+            job.state in UNFINISHED for job in self.store.jobs(self.only, "id"))
+        if not (done or self.leaves()):
+            self.listen(3600)
+        return not (done or self.leaves())
+
+def worker_main(sock, place, slot, slot_fd, only, open_files):
     """The whole life of a worker process. `open_files`: the limit that jobs get back."""
+    close_descriptors({sock.fileno(), slot_fd})
+    default_signals()
+    set_open_files(open_files)
+    for name in list(os.environb):
+        if FOR_THE_DAEMON.match(name):
+            del os.environb[name]
+    Worker(place, slot, slot_fd, sock, only).run()
+
+# ---- Pool ---------------------------------------------------------------------------------------
+# As many workers as wanted: started, woken, replaced. One thread and one poll, in the process that
+# forks: the daemon's supervisor, or a `drain` or `run` for itself.
+
+STARTS = 32  # children forked in one go
+
+def child_main(target, sock, args):
+    """Nothing of the parent's may be flushed, closed or finalized in a child."""
     try:
-        import gc
-        gc.disable()  # a collected database connection would close descriptors used again
-        close_other_descriptors({0, 1, 2, sock.fileno(), slot_fd})
-        default_signals()
-        set_open_files(open_files)
-        Worker(sock, slot_fd, spool).run()
-        os._exit(0)  # nothing of the daemon's may be flushed, closed or finalized here
+        target(sock, *args)
+        os._exit(0)
     except BaseException:
         import traceback
         traceback.print_exc()
     finally:
         os._exit(1)
 
+class Child:
+    """A forked process, and the socket to it that ends with it."""
 
-# ---- Pool ---------------------------------------------------------------------------------------
-# The daemon's side of the workers, in the daemon's process: as many as wanted, their jobs, what
-# became of these, and of those whose worker is gone. It knows no SQL.
+    def __init__(self, context, target, *args):
+        self.sock, theirs = socket.socketpair()
+        self.sock.setblocking(False)
+        with theirs:
+            self.process = context.Process(target=child_main, args=(target, theirs, args))
+            self.process.start()
 
-# worker: pid or None; output: the tail that is kept
-Result = collections.namedtuple("Result", "claim outcome output worker")
+    def wake(self):
+        with suppress(OSError):
+            self.sock.send(b"!")
 
-# The end of an attempt whose worker noted none, by what `settle` says of it.
-UNNOTED = {"give back": {"reason": "unstarted", "detail": "its worker ended before it began"},
-           "lost": {"reason": "worker lost"}}
-
-
-class Hand:
-    """A worker as its daemon sees it."""
-
-    def __init__(self, slot, process):
-        self.slot = slot
-        self.process = process
-        self.channel = None
-        self.claim = None       # what it runs
-        self.since = monotonic()  # of that, or of its leisure
-        self.leaving = False    # ends after its job
-        self.overdue = False    # so it was at the last look
-
-    def stop(self, reason):
-        """Have its command stopped: "cancelled" or "stopped"."""
-        self.channel.send({"stop": self.claim.serial, "reason": reason})
-
-
-class Orphan:
-    """An open attempt without a worker of ours."""
-
-    def __init__(self, claim):
-        self.claim = claim
-        self.since = monotonic()  # at first it is looked at often
-        self.kill_at = None     # monotonic: SIGKILL, once it is being stopped
-        self.attended = True    # its worker, another daemon's child, still works at it
-        self.reason = ""        # "cancelled", "stopped", "hung": it is to be stopped even so
-
-
-def is_overdue(claim, since, now):
-    """Whether the worker that has run this since then must have ended it long ago. Of a job that
-    was deleted meanwhile no timeout is known."""
-    longest = claim.command is not None and claim.timeout
-    return longest and now > since + longest / 1000.0 + GRACE_S + SILENT_S
-
-
-def result_of(claim, verdict, record, spool, limit, worker=None):
-    """The Result for what `settle` says of an attempt: "take", "give back" or "lost"."""
-    output, cut = spool.tail(claim.serial, limit) if record.get("size", 1) else (b"", 0)
-    dropped = (record.get("dropped") or 0) + cut
-    end = UNNOTED.get(verdict, record)
-    outcome = Outcome(end.get("status"), end.get("reason", ""), end.get("detail", ""), dropped,
-                      end.get("at"))
-    return Result(claim, outcome, output, worker)
-
-
-@contextmanager
-def undone(count):
-    """Close what the block opened if it fails, up to `count` descriptors: they have the lowest
-    numbers that are free."""
-    free = []
-    try:
-        while len(free) < count:
-            free.append(os.dup(0))
-    finally:
-        for fd in free:
-            os.close(fd)
-    try:
-        yield
-    except OSError:
-        for fd in free:
-            with suppress(OSError):
-                os.close(fd)
-        raise
-
+    def ended(self):
+        """Whether it has; what it sent is only that there is something to look at."""
+        try:
+            return not self.sock.recv(4096)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
 class Pool:
-    """The workers. `log(text, every_s)` takes what an operator should know."""
+    """Workers for the queue of `store`: `count` of them; `only`: as a Worker's."""
 
-    def __init__(self, spool, loop, log, open_files):
+    def __init__(self, store, count=0, only=None):
         import multiprocessing
         self.context = multiprocessing.get_context("fork")  # not the default since 3.14
-        self.spool = spool
-        self.loop = loop
-        self.log = log
-        self.open_files = open_files
-        boot_id()               # asked once, while there are descriptors left to read it
-        posix_spawn()           # made once, for all workers
-        self.hands = {}         # slot -> Hand
-        self.idle = {}          # slot -> Hand without a job, not leaving
-        self.ended = {}         # slot -> what its worker told of the end of its job
-        self.orphans = {}       # serial -> Orphan
-        self.uneven = True      # the number of workers may differ from the wanted one
-        self.hold_until = 0.0   # monotonic: nothing is started before
-        self.look_at = 0.0      # monotonic: next look at the orphans
+        self.store = store
+        self.place = store.place
+        self.only = only
+        self.own = list(range(MAX_WORKERS + 1, MAX_WORKERS + 1 + count))  # slots
+        self.workers = {}        # slot -> Child
+        self.pauses = {}         # slot -> monotonic before which no worker is started there
+        self.poll = select.poll()
+        self.handlers = {}       # descriptor -> what to call when it is readable
+        self.look_at = 0.0       # monotonic
+        self.stopping = False
+        self.logged = {}         # text -> monotonic of its last line
+        self.open_files = set_open_files()
+        self.clock = now_ms() - int(monotonic() * 1000)
+        self.begin()
 
-    # -- as many as wanted
+    def slots(self):
+        """The numbers of the slots that are to have a worker."""
+        return () if self.stopping else self.own
 
-    def count(self):
-        """Workers alive: ours, and another daemon's that are still busy."""
-        return len(self.hands) + len(self.attended())
+    def begin(self):
+        """Remove the run files that no open attempt names, and give no attempt the number of one."""
+        names = [int(name) for name in os.listdir(self.place.file("")) if name.isdigit()]
+        if names:
+            with self.store.transaction():
+                self.store.raise_serial(max(names))
+            for serial in set(names) - {claim.serial for claim in self.store.open_claims()}:
+                with suppress(OSError):
+                    os.unlink(self.place.file(serial))
 
-    def roll(self, now):
-        """[(pid, state, Claim or None, ms it has been so)] of the workers; pid None: another
-        daemon's."""
-        return [(hand.process.pid, "leaving" if hand.leaving else "busy" if hand.claim else "idle",
-                 hand.claim, int((now - hand.since) * 1000)) for hand in self.hands.values()] + [
-            (None, "leaving", orphan.claim, int((now - orphan.since) * 1000))
-            for orphan in self.orphans.values() if orphan.attended]
+    def log(self, text, every_s=60.0):
+        """Log it, the same at most every `every_s` seconds."""
+        if monotonic() - self.logged.get(text, -every_s) >= every_s:
+            self.logged[text] = monotonic()
+            self.place.log(text)
 
-    def converge(self, wanted, now):
-        """Start what is missing, retire what is too much, idle ones first."""
-        self.reap()
-        staying = [hand for hand in self.hands.values() if not hand.leaving]
-        missing = wanted - len(staying) - len(self.attended())
-        for hand in sorted(staying, key=lambda hand: hand.claim is not None)[:max(-missing, 0)]:
-            self.retire(hand)
-        if missing > 0 and now < self.hold_until:
-            return
-        self.uneven = not all(
-            self.start_worker(now) for _ in range(min(missing, STARTS))) or missing > STARTS
+    # -- children
 
-    def start_worker(self, now):
-        """Fork one; False (and a pause) where the system has no room for it."""
+    def watch(self, fd, handler):
+        self.poll.register(fd, select.POLLIN)
+        self.handlers[fd] = handler
+
+    def start(self, handler, target, *args):
+        """The Child that runs target(its socket, *args), None if there can be none; handler() is called
+        when it has something for us to look at, or has ended."""
         try:
-            slot, slot_fd = self.take_slot()
-            # Ours of the slot is closed, the lock lives on in the worker's copy.
-            with open(slot_fd, "rb"), ExitStack() as made:
-                os.ftruncate(slot_fd, 0)  # an old record may bear a number that is given again
-                ours, theirs = map(made.enter_context, socket.socketpair())
-                with undone(4):  # multiprocessing keeps two pipes if it can't fork
-                    process = self.context.Process(
-                        target=worker_main, args=(theirs, slot_fd, self.spool, self.open_files))
-                    process.start()
-                made.pop_all()
-                theirs.close()
-        except (OSError, Failure) as error:
-            self.log("can't start a worker: %s" % error, every_s=60)
-            self.hold_until = now + LOOK_S
-            return False
-        hand = self.hands[slot] = self.idle[slot] = Hand(slot, process)
-        hand.channel = Channel(ours, self.loop, functools.partial(self.on_record, hand),
-                               functools.partial(self.on_death, hand))
-        return True
-
-    def take_slot(self):
-        """(number, locked descriptor) of a worker file that nobody uses."""
-        used = {orphan.claim.slot for orphan in self.orphans.values()} | set(self.hands)
-        for slot in itertools.count(1):
-            if slot in used:
-                continue
-            fd = open_private(self.spool.worker_file(slot))
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return slot, fd
-            except BlockingIOError:  # another daemon's worker on its way out
-                os.close(fd)
-
-    def retire(self, hand):
-        """It ends after its job, at once without one."""
-        hand.leaving = True
-        self.idle.pop(hand.slot, None)
-        if hand.claim is None:
-            self.drop(hand)
-        else:
-            hand.channel.send({"leave": True})
-
-    def drop(self, hand):
-        """Forget it; its end of the socket closes, so it leaves if it lives."""
-        hand.channel.close()
-        hand.channel = None  # it knows the hand: neither would go, nor the descriptors of both
-        for group in (self.hands, self.idle, self.ended):
-            group.pop(hand.slot, None)
-        self.uneven = True
-
-    def reap(self):
-        ours = {child.pid for child in self.context.active_children()}  # joins those that ended
-        if os.getpid() == 1:
-            bury_strangers(ours)
-
-    # -- what they do
-
-    def hand_out(self, claim, order):
-        hand = self.idle.pop(claim.slot)
-        hand.claim, hand.since = claim, monotonic()
-        hand.channel.send(order)
-
-    def on_record(self, hand, channel):
-        record = unpad(channel.inbox)
-        if hand.claim and record.get("serial") == hand.claim.serial:
-            self.ended[hand.slot] = record
-            channel.inbox.clear()
-
-    def on_death(self, hand, _channel):
-        if hand.slot in self.ended:  # no loss: it has told, and `close` drops it once that is stored
-            hand.leaving = self.uneven = True
-            return
-        if hand.claim:
-            self.log("worker lost: slot %d, pid %d, job %s"
-                     % (hand.slot, hand.process.pid, hand.claim.job))
-            self.orphan(hand.claim)
-        self.drop(hand)
-
-    def orphan(self, claim):
-        """No worker of ours has it: look what is to become of it."""
-        self.orphans[claim.serial] = Orphan(claim)
-        self.look_at = 0.0
-
-    def kill_hung(self, now):
-        """A worker that is silent long after its job's end is no use: let the job be settled. Not
-        at the first look: all of us may have been stopped, and have just gone on."""
-        for hand in list(self.hands.values()):
-            if not hand.claim or hand.slot in self.ended or not is_overdue(
-                    hand.claim, hand.since, now):
-                hand.overdue = False
-            elif not hand.overdue:
-                hand.overdue = True
-            elif hand.process.exitcode is None:  # else the pid may be another's
-                self.log("worker hung: slot %d, pid %d" % (hand.slot, hand.process.pid))
-                os.kill(hand.process.pid, signal.SIGKILL)
-            else:  # what it has just forked hides its end
-                self.on_death(hand, hand.channel)
-
-    def stop_commands(self):
-        """Have the commands of workers that are leaving stopped and given back."""
-        for hand in list(self.hands.values()):
-            if hand.claim and hand.leaving:
-                hand.stop("stopped")
-
-    def attended(self):
-        """The attempts that another daemon's workers still work at."""
-        return [serial for serial, orphan in self.orphans.items() if orphan.attended]
-
-    def cancel(self, serials):
-        """Have these commands stopped; once more does no harm. Of `serials`, {serial: ms}, those
-        that are negative are orphans to be given back."""
-        for hand in list(self.hands.values()):
-            if hand.claim and serials.get(hand.claim.serial, 0) > 0:
-                hand.stop("cancelled")
-        for serial in set(serials) & set(self.orphans):
-            self.orphans[serial].reason = "cancelled" if serials[serial] > 0 else "stopped"
-            self.look_at = 0.0
-
-    # -- what became of it
-
-    def results(self, limit, now):
-        """Results of ended attempts, with at most `limit` bytes of output. Those that aren't
-        closed come again."""
-        found = []
-        for slot, record in self.ended.items():
-            hand = self.hands[slot]
-            found.append(result_of(hand.claim, "take", record, self.spool, limit,
-                                   hand.process.pid))
-        if self.orphans and now >= self.look_at:
-            found += self.orphan_results(limit, now)
-        return found
-
-    def orphan_results(self, limit, now):
-        found, soon = [], False
-        for orphan in self.orphans.values():
-            claim = orphan.claim
-            verdict, record = examine(claim, self.spool)
-            orphan.attended = verdict == "leave"
-            if orphan.attended and not orphan.reason and is_overdue(claim, orphan.since, now):
-                self.log("worker hung: slot %d, job %s" % (claim.slot, claim.job))
-                orphan.reason = "hung"
-            if verdict == "stop" or (orphan.attended and orphan.reason):
-                self.stop_orphan(orphan, record, now)
-                soon = True
-            elif orphan.attended:
-                soon = soon or now < orphan.since + LOOK_S
-            else:
-                found.append(result_of(claim, verdict, record, self.spool, limit))
-        self.look_at = now + (BUSY_S if soon else LOOK_S)
-        return found
-
-    def stop_orphan(self, orphan, record, now):
-        """SIGTERM, after the grace SIGKILL."""
-        if orphan.kill_at is None or now >= orphan.kill_at:
-            number = signal.SIGTERM if orphan.kill_at is None else signal.SIGKILL
-            orphan.kill_at, claim = now + GRACE_S, orphan.claim
-            run_file = self.spool.run_file(claim.serial)
-            signal_command(leader(record, claim.job, run_file), run_file, number)
-
-    def frees(self, claim):
-        """Whether a worker of ours is free for another job once `claim` is closed."""
-        return claim.slot in self.hands and not self.hands[claim.slot].leaving
-
-    def close(self, claim):
-        """The attempt's outcome is stored: its worker is free for the next."""
-        if self.orphans.pop(claim.serial, None):
-            self.uneven = True
-            return
-        del self.ended[claim.slot]
-        hand = self.hands[claim.slot]
-        hand.claim, hand.since = None, monotonic()
-        if hand.leaving:
-            self.drop(hand)
-        else:
-            self.idle[hand.slot] = hand
-
-
-# ---- Operations ---------------------------------------------------------------------------------
-# What a request does, the same with and without the daemon: plain values in, an answer out.
-# An operation that writes runs inside a transaction.
-
-# store; now: ms; daemon: None without one
-Context = collections.namedtuple("Context", "store now daemon")
-
-# defaults: of its arguments, as the function has them after the context; bare: the one that a
-# `value` by itself stands for, the first unless that is keyword-only
-Operation = collections.namedtuple("Operation", "function defaults bare writes needs_daemon")
-OPERATIONS = {}  # (command, option) -> Operation
-
-# What a request asks for. arguments: {name: value}; once: the key of a write that is sent again
-# if its answer got lost
-Call = collections.namedtuple("Call", "operation arguments once")
-
-
-def operation(command, option=None, *, writes=False, needs_daemon=False):
-    def register(function):
-        names = function.__code__.co_varnames[1:function.__code__.co_argcount]
-        defaults = dict(zip(names, function.__defaults__ or ()), **function.__kwdefaults__ or {})
-        OPERATIONS[command, option] = Operation(function, defaults, names[0] if names else None,
-                                                writes, needs_daemon)
-        return function
-    return register
-
-
-def reply(message, **more):
-    return dict(success=True, message=message, **more)
-
-
-def as_count(value):
-    """A number of workers, as a number or as text."""
-    return as_int(whole(value) if isinstance(value, str) else value, 1, MAX_WORKERS)
-
-
-def as_position(value):
-    return as_int(value, 0, 1 << 62)
-
-
-ARGUMENTS = {  # name -> its check, whatever the operation is; other names those check themselves
-    "state": lambda value: one_of(value, STATES),
-    "after": as_position,
-    "upto": as_position,
-    "offset": as_position,
-    "limit": lambda value: as_int(value, 0, PAGE_OUTPUT),
-    "attempt": lambda value: as_int(value, 1, 1 << 62),
-    "count": as_count,
-    "older_than": as_ms,
-    "grace": as_ms,
-    "within": as_ms,
-    "prefix": as_id,
-    "reason": as_text,
-}
-
-
-def versions(request):
-    """Both sides' versions, for those that don't understand each other."""
-    return "daemon: queuectl %s, request: %s" % (
-        VERSION, str(request.get("version", "unversioned"))[:20])
-
-
-def resolve(request):
-    """The Call that a request stands for; Failure when it makes none."""
-    command, option = request["command"], request.get("option") or None
-    flag, value = request.get("flag"), request.get("value")
-    if command == "config" and option in (None, "set") and flag:  # as the original has it
-        option, flag, value = "set", None, {"key": flag, "value": value}
-    try:
-        found = OPERATIONS[command, option]
-    except (KeyError, TypeError):
-        raise Failure("unknown command %s (%s); known are %s" % (
-            compact([command, option])[:80], versions(request),
-            ", ".join(sorted(" ".join(filter(None, key)) for key in OPERATIONS))))
-    if flag is not None:
-        arguments = {str(flag).lstrip("-").replace("-", "_"): value}
-    elif isinstance(value, dict):
-        arguments = value
-    else:
-        arguments = {} if value is None else {found.bare: value}
-    given = {}
-    for name, value in arguments.items():
-        if name not in found.defaults:
-            raise Failure("%s takes no %s (%s)" % (
-                command, "value" if name is None else "argument " + str(name)[:80],
-                versions(request)))
-        if name in ARGUMENTS and not (value is None and found.defaults[name] is None):
-            value = checked(name, ARGUMENTS[name], value)
-        given[name] = value
-    return Call(found, given, request.get("once"))
-
-
-def perform(context, call):
-    """Do what is asked; a write that was done before is only answered again."""
-    remembered = call.operation.writes and is_text(call.once)
-    answered = context.store.recall(call.once) if remembered else None
-    if answered is not None:
-        return json.loads(answered)
-    answer = call.operation.function(context, **call.arguments)
-    if remembered:
-        context.store.remember(call.once, compact(answer))
-    return answer
-
-
-def known_job(store, job_id):
-    job = store.job(job_id) if is_text(job_id) else None
-    if job is None:
-        raise Failure("no job %s; see: list" % str(job_id)[:128])
-    return job
-
-
-def check_state(state, states, ids):
-    """That of the jobs which an operation on `states` means; nobody names jobs as well."""
-    if state not in states or ids:
-        raise BadField("state", "must be one of %s, and without ids" % ", ".join(states))
-
-
-def selected(context, states, ids, state, after, upto=None):
-    """([Job], what the answer tells of the page) of the jobs that a request means: those named,
-    each of which must be in one of `states`, or a page of those in `state` beyond `after`, none of
-    them later than `upto`: so it never meets what it has itself enqueued (on-dead)."""
-    if state is not None:
-        check_state(state, states, ids)
-        upto = context.store.last_row() if upto is None else upto
-        rows = context.store.jobs(state, after, PAGE_JOBS)
-        jobs = [job for rowid, job in rows if rowid <= upto]
-        return jobs, {"next": rows[-1][0] if len(jobs) == PAGE_JOBS else None, "upto": upto}
-    ids = [ids] if isinstance(ids, str) else ids
-    if not isinstance(ids, list) or not 0 < len(ids) <= BATCH_JOBS:
-        raise Failure("name the jobs, 1 to %d of them, or give a state" % BATCH_JOBS)
-    jobs = [known_job(context.store, job_id) for job_id in ids]
-    for job in jobs:
-        if job.state not in states:
-            raise Failure("job %s is %s, not %s; see: show %s" % (
-                job.id, job.state, " or ".join(states), job.id))
-    return list(dict.fromkeys(jobs)), {"next": None}
-
-
-def on_job_death(store, job_id, now):
-    """Enqueue the `on-dead` line for a job that has just died; its own death enqueues nothing.
-    Returns the new job's id or None."""
-    line = store.settings["on-dead"]
-    job = store.job(job_id) if line else None
-    if job is None or job.own & ON_DEAD:
-        return None
-
-    def fitting(value, size):
-        """What an environment takes of it: another program may have written anything."""
-        return str(value).replace("\0", "").encode()[:size].decode("utf-8", "ignore")
-    new = make_job({"command": line, "env": {
-        "QUEUECTL_DEAD_ID": fitting(job.id, 1000),
-        "QUEUECTL_DEAD_ERROR": fitting(job.error or "", 1000),
-        "QUEUECTL_DEAD_COMMAND": fitting(job.command, MAX_DEAD_COMMAND)}}, store.settings, now)
-    store.insert([new._replace(own=ON_DEAD)])
-    return new.id
-
-
-def pause_note(context):
-    """{"paused": reason} for an answer while nothing new is started, else {}."""
-    reason = context.store.paused()
-    return {} if reason is None else {"paused": reason}
-
-
-def new_job_note(context):
-    """The same for an answer that tells of new jobs; {"workers": 0} where nobody will run them."""
-    idle = context.daemon and context.daemon.kind == "daemon" and not context.daemon.wanted
-    return pause_note(context) or ({"workers": 0} if idle else {})
-
-
-def hindrance(context):
-    """What keeps every job from running, or None."""
-    if context.store.paused() is not None:
-        return "the end of the pause; go on with: resume"
-    if context.daemon is None or not context.daemon.wanted:
-        return "a worker; start one with: worker start"
-    return None
-
-
-def store_jobs(context, given, cwd):
-    """Store the jobs that these objects make, all or none: ([id, or that of the unfinished job
-    which holds its unique key], how many are new). A Failure's `index` tells which is wrong."""
-    store, spare_ids = context.store, new_ids(context.now, len(given))
-    new, told, keys = {}, [], {}
-    for index, fields in enumerate(given):
-        try:
-            job = make_job(fields, store.settings, context.now, cwd, spare_ids[index])
-            holder = job.unique and (keys.get(job.unique) or store.holder(job.unique))
-            if job.id in new and not holder:
-                raise Failure("job id %s stands twice" % job.id)
-            if "id" in fields and not holder and store.job(job.id):
-                raise Failure("job id %s is taken; choose another, or leave it out" % job.id)
-        except StorageError:
-            raise
-        except Failure as error:
-            error.details["index"] = index
-            raise
-        told.append(holder or job.id)
-        if not holder:
-            new[job.id] = job
-            keys[job.unique] = job.id
-    store.insert(list(new.values()))
-    return told, len(new)
-
-
-@operation("enqueue", writes=True)
-def op_enqueue(context, job=None, cwd=None):
-    """Store one job, given as JSON text or as an object."""
-    given = decode_json(job, "the job") if isinstance(job, str) else job
-    (job_id,), stored = store_jobs(context, [given], cwd)
-    return reply("Job enqueued" if stored else "Job already queued", id=job_id,
-                 **new_job_note(context))
-
-
-@operation("enqueue", "batch", writes=True)
-def op_enqueue_batch(context, jobs=(), cwd=None, ids=False):
-    """Store all of the jobs, or none. Their ids are told only if asked for: the answer is
-    remembered."""
-    if not isinstance(jobs, list) or len(jobs) > BATCH_JOBS:
-        raise Failure("jobs must be a list of at most %d" % BATCH_JOBS)
-    told, stored = store_jobs(context, jobs, cwd)
-    return reply("Enqueued %s" % plural(stored, "job"),
-                 **dict({"ids": told} if ids else {}, **new_job_note(context)))
-
-
-def worker_list(context):
-    """[dict] of the workers; `since`: of its job, or of its leisure."""
-    roll = context.daemon.pool.roll(monotonic()) if context.daemon else ()
-    return [{"pid": pid, "state": state, "job": claim and claim.job,
-             "attempt": claim and claim.number, "since": iso(context.now - ms)}
-            for pid, state, claim, ms in roll]
-
-
-@operation("status")
-def op_status(context, *, full=False):
-    """Counts; with `full` also what `status --watch` shows."""
-    store, daemon = context.store, context.daemon
-    told = dict({"jobs": store.counts(), "workers": daemon.pool.count() if daemon else 0},
-                **pause_note(context))
-    if full:
-        told.update(running=worker_list(context), totals=store.totals(), now=iso(context.now),
-                    unsettled=store.unsettled(context.now), hindrance=hindrance(context),
-                    served=daemon is not None,
-                    deaths=[job.public() for job in store.last_deaths()])
-    return reply(told)
-
-
-@operation("list")
-def op_list(context, state=None, after=0):
-    """A page of jobs, oldest first, beyond `after`; `next` is what comes after, None at the end."""
-    page, size = [], 0
-    while len(page) < PAGE_JOBS and size < PAGE_BYTES:
-        wanted = min(PAGE_JOBS - len(page), 50)
-        rows = context.store.jobs(state, after, wanted)
-        for after, job in rows:
-            page.append(job.public())
-            size += len(job.command) + len(job.env or "")
-        if len(rows) < wanted:
-            return reply(page, next=None)
-    return reply(page, next=after)
-
-
-@operation("dlq", "list")
-def op_dlq_list(context, *, after=0):
-    return op_list(context, "dead", after)
-
-
-@operation("dlq", "retry", writes=True)
-def op_dlq_retry(context, ids=(), state=None, after=0, upto=None):
-    """Queue dead jobs again: those named, all or none; of a page of all, those that can be."""
-    store, refused = context.store, []
-    jobs, page = selected(context, ("dead",), ids, state, after, upto)
-    for job in jobs:
-        holder = job.unique and store.holder(job.unique)
-        if not holder:
-            store.requeue(job, context.now)
-            continue
-        refused.append("job %s can't be retried: its unique key is held by job %s; wait for that,"
-                       " or cancel it" % (job.id, holder))
-        if state is None:
-            raise Failure(refused[0])
-    named, count = ", ".join(job.id for job in jobs), len(jobs) - len(refused)
-    return reply("%s added to queue" % (plural(count, "job") if state else "%s %s" % (
-        "Jobs" if count > 1 else "Job", named)), count=count, refused=refused, **page)
-
-
-@operation("cancel", writes=True)
-def op_cancel(context, ids=(), state=None, after=0, upto=None, dry_run=False):
-    """Make waiting jobs dead, have running ones stopped: those named, all or none, or a page."""
-    store, stopping = context.store, []
-    jobs, page = selected(context, UNFINISHED, ids, state, after, upto)
-    for job in () if dry_run else jobs:
-        if store.mark_cancelled(job.id, context.now):
-            stopping.append(job.id)
-        else:
-            store.cancel(job.id, context.now)
-            heir = on_job_death(store, job.id, context.now)
-            if context.daemon and heir:
-                context.daemon.take_on(heir)
-    return reply("Cancelled %s" % plural(len(jobs), "job"), count=len(jobs), stopping=stopping,
-                 **page)
-
-
-@operation("delete", writes=True)
-def op_delete(context, ids=(), state=None, older_than=0, after=0, upto=None, dry_run=False):
-    """Delete finished jobs: those named, all or none, or some of those in `state` that finished
-    `older_than` ms ago or before (0: all); `next` is None once there are no more."""
-    if state is None:
-        jobs, more = selected(context, FINISHED, ids, None, 0)[0], False
-        count = len(jobs)
-        if not dry_run:
-            context.store.delete([job.id for job in jobs])
-    else:
-        check_state(state, FINISHED, ids)
-        before = iso(context.now + 1 - older_than) if older_than else None
-        act = context.store.count_finished if dry_run else context.store.purge
-        count = act(state, before)
-        more = not dry_run and count == PURGE
-    return reply("Deleted %s" % plural(count, "job"), count=count, next=0 if more else None)
-
-
-def waiting_for(context, job):
-    """What keeps a job from running; None once it runs or has ended."""
-    if job.state not in ("pending", "failed"):
-        return None
-    if job.due and job.due > context.now:
-        return "its time, %s" % iso(job.due)
-    return hindrance(context) or "a free worker"
-
-
-@operation("show")
-def op_show(context, id=None):
-    """The job with its attempts, first to last, and what it waits for."""
-    store, job = context.store, known_job(context.store, id)
-    history = store.attempts(job.id) + [
-        dict(dict.fromkeys(ATTEMPT), number=claim.number, started_at=iso(claim.started_at),
-             serial=claim.serial)
-        for claim in store.open_claims(job.id)]
-    return reply(dict(job.public(), waiting_for=waiting_for(context, job), history=history))
-
-
-def output_piece(store, job_id, attempt, offset, limit):
-    """(bytes, what `op_logs` tells of them)."""
-    past = {one["number"]: one for one in store.attempts(job_id)}
-    running = {claim.number: claim for claim in store.open_claims(job_id)}
-    last = max([*past, *running], default=None)
-    number = last if attempt is None else attempt
-    serial, piece = None, (b"", offset, 0)
-    if number in running:
-        serial = running[number].serial
-        piece = Spool(store.path).piece(running[number], offset, limit) or (
-            b"", offset, offset + 1)  # being cut: there is more to come
-    elif number in past:
-        serial, cut = past[number]["serial"], past[number]["output_cut"]
-        start = max(offset, cut)
-        piece = store.output(serial, start - cut, limit), start, cut + past[number]["output_kept"]
-    data, start, end = piece
-    return data, {"attempt": number, "serial": serial, "start": start, "end": end, "last": last,
-                  "over": number in past}
-
-
-@operation("logs")
-def op_logs(context, id=None, attempt=None, offset=0, limit=PAGE_OUTPUT, work=False):
-    """A piece of what an attempt (None: the last) wrote, in base64, from byte `offset` of it on.
-
-    `start`: where the piece starts, later than asked if what came before was cut; `end`: where
-    all of it ends by now; `serial`: of the attempt, None if there is none; `last`: the number of
-    the last attempt; `over`: it has ended. With `work` a temporary daemon takes the job on.
-    """
-    import base64
-    store, job = context.store, known_job(context.store, id)
-    if work and context.daemon and job.state not in FINISHED:
-        context.daemon.take_on(job.id)
-    data, told = output_piece(store, job.id, attempt, offset, limit)
-    return reply(base64.b64encode(data).decode(), **told, state=job.state,
-                 exit_code=job.exit_code, error=job.error, served=context.daemon is not None,
-                 waiting_for=waiting_for(context, job), db=store.path)
-
-
-@operation("wait")
-def op_wait(context, ids=()):
-    """[[id, state, exit code, error]] of those of the jobs that have ended."""
-    if not isinstance(ids, list) or len(ids) > MAX_ASKED or not all(map(is_text, ids)):
-        raise Failure("ids must be a list of at most %d" % MAX_ASKED)
-    rows = context.store.ended(ids)
-    for job_id in set(ids) - {row[0] for row in rows}:
-        known_job(context.store, job_id)
-    return reply([row for row in rows if row[1]], hindrance=hindrance(context),
-                 db=context.store.path)
-
-
-@operation("pause", writes=True)
-def op_pause(context, reason=""):
-    """Start nothing new until `resume`."""
-    context.store.set_paused(reason)
-    return reply("Queue paused")
-
-
-@operation("resume", writes=True)
-def op_resume(context):
-    paused = context.store.paused() is not None
-    context.store.set_paused(None)
-    return reply("Queue resumed" if paused else "Queue was not paused")
-
-
-@operation("config", "set", writes=True)
-def op_config_set(context, key=None, value=None):
-    if value is None:
-        raise BadField(key, "needs a value; for the default: config unset")
-    text = value if isinstance(value, str) else compact(value)
-    context.store.set_setting(key, read_setting(key, text))
-    return reply("Updated %s to %s" % (key, text))
-
-
-@operation("config", "unset", writes=True)
-def op_config_unset(context, key=None):
-    checked_key(key)
-    context.store.set_setting(key, None)
-    return reply("%s is back to its default, %s" % (key, compact(context.store.settings[key])))
-
-
-@operation("config", "get")
-def op_config_get(context, key=None):
-    return reply(context.store.settings[checked_key(key)])
-
-
-@operation("config", "list")
-def op_config_list(context):
-    return reply(dict(context.store.settings))
-
-
-@operation("metrics")
-def op_metrics(context):
-    store, daemon = context.store, context.daemon
-    counts, totals = store.counts(), store.totals()
-    average = totals["runtime_ms"] / 1000.0 / totals["completed"] if totals["completed"] else 0
-    uptime_s, commands, workers = (
-        (monotonic() - daemon.started, daemon.commands, daemon.pool.count()) if daemon
-        else (0, 0, 0))
-    recorded = store.total_commands()
-    return reply({
-        "total_jobs": sum(counts.values()), "completed_jobs": counts["completed"],
-        "uptime": "%d min" % (uptime_s / 60),
-        "total_commands": recorded + commands,
-        "average_runtime": round(average, 3), "max_runtime": totals["longest_ms"] / 1000.0,
-        "dead_jobs": counts["dead"], "failed_attempts": totals["failed"],
-        "jobs_enqueued": totals["enqueued"], "jobs_completed": totals["completed"],
-        "jobs_died": totals["dead"], "workers_running": workers,
-        "jobs": counts, "uptime_s": int(uptime_s),
-        "total_runtime": totals["runtime_ms"] / 1000.0, "database_bytes": store.size(),
-        # Those that a kill of the daemon can't take back: a counter must not fall.
-        "commands_recorded": recorded})
-
-
-@operation("worker", "start", writes=True, needs_daemon=True)
-def op_worker_start(context, count=1):
-    if context.daemon and context.daemon.stopping:
-        raise Failure("the daemon is stopping; try again when it is gone")
-    wanted = count + context.store.wanted()
-    if wanted > MAX_WORKERS:
-        raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted - count))
-    context.store.set_wanted(wanted)
-    return reply("Started %s" % plural(count, "worker"))
-
-
-@operation("worker", "list")
-def op_worker_list(context):
-    return reply(worker_list(context))
-
-
-@operation("worker", "stop", writes=True, needs_daemon=True)
-def op_worker_stop(context, count=None, now=False):
-    """Want `count` workers fewer (None: none at all); `now`: stop their jobs, give them back."""
-    wanted = context.store.wanted()
-    fewer = wanted if count is None else min(wanted, count)
-    context.store.set_wanted(wanted - fewer)
-    if context.daemon and now:
-        context.store.mark_stopped(context.daemon.pool.attended(), context.now)
-        context.daemon.forced_at = 0.0
-    return reply("Stopped workers" if count is None else "Stopped %s" % plural(fewer, "worker"))
-
-
-@operation("daemon", "stop", needs_daemon=True)
-def op_daemon_stop(context, grace=None):
-    """Begin the orderly stop; `grace`: ms until running jobs are stopped too, None: no limit."""
-    context.daemon.stop(grace)
-    return reply("Daemon stopping", pid=os.getpid())
-
-
-KINDS = ("run", "drain", "daemon")  # of daemons: each gives way to those after it
-
-
-@operation("daemon", "yield")
-def op_daemon_yield(context, kind=None):
-    """A temporary daemon gives lock and socket up to one of a later kind."""
-    if context.daemon is None or kind not in KINDS[KINDS.index(context.daemon.kind) + 1:]:
-        raise Failure("this daemon does not give way")
-    context.daemon.give_way()
-    return reply("Giving way")
-
-
-@operation("daemon", "status", needs_daemon=True)
-def op_daemon_status(context):
-    daemon = context.daemon
-    return reply({"pid": os.getpid(), "version": VERSION, "db": daemon.db, "socket": daemon.sock,
-                  "uptime_s": int(monotonic() - daemon.started), "workers": daemon.pool.count(),
-                  "wanted": daemon.wanted, "stopping": daemon.stopping})
-
-
-@operation("check")
-def op_check(context, prefix=None, within=0):
-    """What `check` judges: numbers of jobs and workers; the age (s) of the job that has been ready
-    longest; if `prefix` is given, ended: s since the last completion of a job whose id begins so,
-    None if there is none."""
-    store, daemon, now = context.store, context.daemon, context.now
-
-    def ago(ms):
-        """In seconds, rounded up, so that nothing over a limit looks as if it weren't."""
-        return None if ms is None else max(-((ms - now) // 1000), 0)
-    found = dict(store.counts(), **pause_note(context))
-    found.update(daemon=daemon is not None, age=ago(store.ready_since(now)) or 0,
-                 workers=daemon.pool.count() if daemon else 0)
-    if prefix is not None:
-        ended = store.completed_at(prefix, iso(max(now - within, 0)))
-        found["ended"] = ago(ended and parse_date(ended))
-    return reply(found)
-
-
-def record_results(store, results, now):
-    """Store what became of attempts: [(Result, Verdict, id of the job enqueued by a death)]."""
-    done, cancelled = [], store.cancelled()
-    for result in results:
-        claim, outcome, heir = result.claim, result.outcome, None
-        spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
-        verdict = decide(claim, outcome, store.settings, now, spread)
-        at = cancelled.get(claim.serial, 0)
-        ended_before = bool(outcome.ended_at) and outcome.ended_at < abs(at)
-        if at < 0 and outcome.status != 0 and not ended_before:
-            outcome = outcome._replace(reason="stopped")
-        if at > 0 and not (verdict.state in FINISHED and ended_before):
-            outcome = outcome._replace(reason="cancelled", detail="")
-        if at:
-            verdict = decide(claim, outcome, store.settings, now, spread)
-        if outcome.reason in GIVEN_BACK:
-            store.give_back(claim, verdict, now)
-        elif (store.finish(claim, verdict, outcome, result.output, result.worker, now)
-                and verdict.state == "dead"):
-            heir = on_job_death(store, claim.job, now)
-        done.append((result._replace(outcome=outcome), verdict, heir))
-    return done
-
-
-def adopt_strangers(store, now):
-    """Make rows that another program wrote jobs like any other; the number looked at. One whose
-    id has an open attempt waits until that is settled."""
-    strangers = store.strangers()
-    for rowid, row in strangers:
-        job = adopted(row, store.settings, now)
-        if job.id != row.id and store.job(job.id):
-            job = job._replace(id=new_ids(now)[0])
-        serial = store.open_serial(job.id)
-        if serial is not None:
-            if row.serial == serial:
-                store.put_back(rowid)
-            continue
-        if job.state == "processing":  # its runner was not one of ours, and is gone
-            verdict = decide(job, Outcome(None, "worker lost", "", 0, now), store.settings, now)
-            job = job._replace(state=verdict.state, attempts=verdict.attempts, error=verdict.error,
-                               locked_at=None)
-            job = (job._replace(run_after=iso(verdict.due), **scheduled(verdict.due, now))
-                   if verdict.due else job._replace(finished_at=iso(now), due=None, ready=None))
-        died = job.state == "dead" != row.state
-        store.adopt(rowid, job, died)
-        if job.unique and job.state in UNFINISHED and not store.holder(job.unique):
-            store.hold_keys([job])  # it had ended, and another has had the key since
-        if died:
-            on_job_death(store, job.id, now)
-    return len(strangers)
-
-
-# ---- Lock, socket and log -----------------------------------------------------------------------
-# What makes one process the only writer, where it is reached, and what it tells its operator.
-
-LOCK_BYTES = 1024
-
-# Where a queue is. db, socket: absolute paths; …_given: by flag or environment, else the default
-Place = collections.namedtuple("Place", "db db_given socket socket_given")
-
-
-class Lock:
-    """flock on DB.lock: its holder alone may open the database. The file is never removed. Its
-    text (pid, kind of holder, socket, the database's identity) is a hint, not the lock."""
-
-    def __init__(self, db):
-        self.db = db
-        self.path = db + ".lock"
-        self.fd = None
-
-    def take(self):
-        """True if it is ours now, False if someone else has it."""
-        check_folder(os.path.dirname(self.path))
-        while True:
-            self.fd = open_private(self.path)
-            try:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            if self.in_place():
-                return True
-            self.release()
-
-    def in_place(self):
-        """Whether the path still leads to the file that is locked."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
-        except OSError:
-            return False
-
-    def text(self):
-        return unpad(os.pread(self.fd, LOCK_BYTES, 0))
-
-    def write(self, kind, sock, identity):
-        text = pad({"pid": os.getpid(), "kind": kind, "socket": sock, "identity": identity},
-                   LOCK_BYTES)
-        try:
-            os.pwrite(self.fd, text, 0)
+            child = Child(self.context, target, self.place, *args)
+            self.watch(child.sock.fileno(), handler)
+            return child
         except OSError as error:
-            raise storage_error(self.path, error)
+            self.log("can't start a process: %s" % error)
+            return None
 
-    def release(self):
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+    def forget(self, child):
+        self.poll.unregister(child.sock)
+        del self.handlers[child.sock.fileno()]
+        child.sock.close()
+        child.process.join()
 
+    def start_worker(self, slot, slot_fd):
+        only = self.only if slot in self.slots() else []
+        if only:  # whoever looks who works the job finds it from the start
+            write_note(slot_fd, **dict(self.place.note_of(slot), only=only))
+        child = self.start(functools.partial(self.on_worker, slot), worker_main, slot, slot_fd, only,
+                           self.open_files)
+        os.close(slot_fd)  # the lock lives on in the worker's copy
+        if child:
+            self.workers[slot] = child
+        else:
+            self.pauses[slot] = monotonic() + LOOK_S
 
-def is_held_by(pid, path):
-    """Whether the lock at `path` is held, and by the process that signed as `pid`: true in any
-    container, with or without /proc."""
+    def on_worker(self, slot):
+        """It has something for us to look at, or has ended: then another may settle and go on."""
+        child = self.workers[slot]
+        self.look_at = 0.0
+        if child.ended():
+            del self.workers[slot]
+            self.forget(child)
+            status = child.process.exitcode  # after 1 the next one is likely to fail as well
+            self.pauses[slot] = monotonic() + (LOOK_S if status > 0 else BUSY_S if status else 0)
+
+    def missing(self, busy):
+        """What starts the children that are missing, as functions: workers in the slots that should
+        have one, and in those where an attempt is open that nobody works at."""
+        starts, now = [], monotonic()
+        for slot in sorted(set(self.slots()).union(busy) - set(self.workers)):
+            pause_end = self.pauses.get(slot, 0.0)
+            if pause_end > now or len(starts) == STARTS:
+                self.look_at = min(self.look_at, pause_end)
+                continue
+            slot_fd = self.place.hold("w.%d" % slot, 0.002)
+            if slot_fd is not None:
+                starts.append(functools.partial(self.start_worker, slot, slot_fd))
+            elif slot in self.own:  # another `run` or `drain` has it
+                self.own[self.own.index(slot)] = max(self.own) + 1
+                self.look_at = 0.0
+        return starts
+
+    def fork(self, starts):
+        """Call these one after the other; each forks, so no connection is open meanwhile."""
+        import gc
+        self.store.close()
+        getattr(gc, "freeze", int)()  # the children go on sharing what is loaded now
+        for start in starts:
+            start()
+
+    # -- the loop
+
+    def step(self, timeout_s=LOOK_S):
+        """Wait for something to do, at most so long, and do it."""
+        left = min(self.look_at - monotonic(), timeout_s)
+        for fd, _ in self.poll.poll(max(int(left * 1000) + 1, 0) if left > 0 else 0):
+            if fd in self.handlers:
+                self.handlers[fd]()
+        if monotonic() >= self.look_at:
+            self.look()
+
+    def look(self):
+        """See to what is due, how many workers there are, and who is to be woken."""
+        now = now_ms()
+        self.look_at = monotonic() + LOOK_S
+        try:
+            self.store.check_file()
+            self.store.refresh()
+            self.tidy(now)
+            starts = self.missing(self.store.open_slots())
+            if starts:
+                self.fork(starts)
+            self.wake(self.store.open_slots())
+            self.look_at = min(self.look_at, monotonic() + max(
+                self.store.next_due() - now_ms(), 0) / 1000.0)
+        except Busy:
+            self.look_at = monotonic() + 0.01
+        except Replaced:
+            raise
+        except StorageError as error:
+            self.log("storage trouble: %s" % error)
+
+    def tidy(self, now):
+        """Check rows of other programs, make due jobs ready, delete what has been kept enough."""
+        store, offset = self.store, now - int(monotonic() * 1000)
+        stepped, self.clock = abs(offset - self.clock) > 1000, offset
+        if not (stepped or store.unchecked() or store.next_due() <= now or store.expired(now)):
+            return
+        with store.transaction():
+            if stepped:  # backoffs may be too far ahead
+                store.pull_in(now)
+            expired = store.expired(now)
+            store.delete(expired)
+            if STEP in (check_inserted(store, now), store.promote(now), len(expired)):
+                self.look_at = 0.0
+
+    def wake(self, busy):
+        """Wake idle workers, as many as there may be jobs; those that are to leave; those whose attempt
+        somebody wishes to end."""
+        idle = [slot for slot in self.workers if slot not in busy]
+        leaving = set(idle) - set(self.slots())
+        for slot in leaving.union(idle[:self.store.claimable(len(idle))],
+                                  (slot for slot in busy if busy[slot])).intersection(self.workers):
+            self.workers[slot].wake()
+
+    # -- the end
+
+    def stop(self):
+        """Have workers claim no more, and leave after their job."""
+        self.stopping = True
+        for child in self.workers.values():
+            with suppress(OSError):
+                child.sock.shutdown(socket.SHUT_WR)
+
+    def force(self):
+        """Have running jobs stopped, and their attempts given back."""
+        self.stop()
+        with self.store.transaction():
+            self.store.want_back(self.workers)
+
+# ---- Server -------------------------------------------------------------------------------------
+# A child of the daemon's supervisor: socketserver on the Unix socket, a thread for each connection,
+# one Store for all. What hurts it hurts no job: the supervisor holds the socket, and starts another.
+
+def is_whole(inbox):
+    """Whether it is one JSON object; what is nested too deeply to tell may as well be taken."""
+    try:
+        json.loads(inbox.decode())
+    except ValueError:
+        return False
+    except RecursionError:
+        pass
+    return True
+
+def receive(sock, inbox):
+    """The next message on `sock`, None at its end; `inbox` holds what came after it. It ends with a
+    newline, or, from those that send none, once it is one whole JSON object."""
+    while True:
+        inbox[:] = inbox.lstrip()
+        end = inbox.find(b"\n")
+        if end < 0 and inbox.rstrip().endswith(b"}") and is_whole(inbox):
+            end = len(inbox)
+        if (len(inbox) if end < 0 else end) > MAX_REQUEST:
+            raise Failure("a request has at most %d bytes" % MAX_REQUEST)
+        if end >= 0:
+            message = bytes(inbox[:end])
+            del inbox[:end + 1]
+            return message
+        piece = sock.recv(1 << 18)
+        if not piece:
+            return bytes(inbox) or None
+        inbox += piece
+
+def is_served(path):
+    """Whether somebody listens at the socket `path` of ours; None: it is no such socket."""
     with suppress(OSError):
-        return is_locked(path) and unpad(read_at(path, 0, LOCK_BYTES)[0]).get("pid") == pid
-    return False
-
-
-def take_lock(lock, kind):
-    """Take the Lock for a starting daemon of that kind: those of earlier KINDS are asked
-    to give way, commands waited for, a daemon that is to stay is not."""
-    deadline = monotonic() + 5
-    while not lock.take():
-        text = lock.text()
-        lock.release()
-        holder = text.get("kind")
-        # a dead pid: its successor has yet to sign
-        serves = holder in KINDS and process_start(text.get("pid") or 0)
-        if serves and holder in KINDS[:KINDS.index(kind)]:
-            request = {"command": "daemon", "option": "yield", "db": utf8(lock.db),
-                       "flag": "kind", "value": kind}
-            with suppress(Failure, AttributeError):  # it has no socket yet
-                ask(os_path(text["socket"]), request, 2)
-        elif serves and (holder == "daemon" or kind == "run"):
-            deadline = 0
-        if monotonic() > deadline:
-            raise Served("a %s, pid %s, already serves %s; %s" % (
-                holder or "process", text.get("pid", "unknown"), lock.db,
-                "stop it with: daemon stop" if holder == "daemon" else "wait until it is done"))
-        time.sleep(0.02)
-
+        status = os.lstat(path)
+        if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    return False
+                except OSError:  # its backlog is full
+                    pass
+                return True
+    return None
 
 def check_socket_path(path):
     """Refuse what doesn't fit a socket's address, with room for the name it is bound under."""
@@ -3528,156 +2445,115 @@ def check_socket_path(path):
         raise Failure("socket path %s is too long: at most %d bytes; give a shorter --socket"
                       % (path, MAX_SOCKET_PATH))
 
-
-def knock(path):
-    """What is at `path`: None nothing, "stale" a socket of ours that nobody serves, "live", or
-    "foreign": anything else."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return "foreign"
-    if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
-        return "foreign"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return "stale"
-        except FileNotFoundError:
-            return None
-        except OSError:  # its backlog is full
-            pass
-    return "live"
-
-
-def name_beside(path):
-    """One that nobody knows, for what is to become `path` or was it."""
-    return os.path.join(os.path.dirname(path), os.urandom(4).hex())
-
-
-def remove_stale(path):
-    """Move a stale socket aside, and see that it is the one that was found stale: another
-    daemon may have found it stale too, and have put its own there."""
-    before = os.lstat(path)
-    aside = name_beside(path)
-    os.rename(path, aside)
-    if not os.path.samestat(os.lstat(aside), before):
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    os.unlink(aside)
-
-
-def bind_private(sock, path, listen):
-    """Bind `sock` to `path`, 0600 from its first instant; returns its inode. It listens under
-    another name before `path` leads to it: in between it would look stale to others."""
-    hidden = name_beside(path)
+def listen_at(path):
+    """A socket that listens at `path`, 0600 from its first instant. It listens under another name
+    before `path` leads to it: in between it would look stale to others. A stale one is moved aside
+    first, and must be the one that was found stale. FileExistsError if another was faster."""
+    hidden, aside = [os.path.join(os.path.dirname(path), os.urandom(4).hex()) for _ in range(2)]
+    if is_served(path) is False:
+        before = os.lstat(path)
+        os.rename(path, aside)
+        if not os.path.samestat(os.lstat(aside), before):
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        os.unlink(aside)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     umask = os.umask(0o177)
     try:
-        sock.bind(hidden)
+        listener.bind(hidden)
+        listener.listen(128)
+        os.link(hidden, path)
     finally:
         os.umask(umask)
+        with suppress(FileNotFoundError):
+            os.unlink(hidden)
+    return listener
+
+def refusal(error):
+    """The answer for an error, as a line."""
+    return compact(dict(success=False, message="Error: %s" % (
+        error if isinstance(error, Failure) else repr(error)), **getattr(error, "details", {}))) + "\n"
+
+def answer_to(store, data, look):
+    """Pieces of the answer to the bytes of a request; whatever goes wrong in it is its own trouble
+    alone. A list that is given as an iterator is sent row by row."""
     try:
-        listen()
-        os.link(hidden, path)
-        return os.lstat(hidden).st_ino
-    finally:
-        os.unlink(hidden)
+        request = decode_json(data, "the request")
+        if isinstance(request, dict) and request.get("db") not in (None, utf8(store.path)):
+            raise Failure("the daemon here serves %s, not %s; leave out --socket and SOCKET_PATH"
+                          % (store.path, request["db"]))
+        answer = perform(store, request, committed=look)
+    except Exception as error:
+        yield refusal(error)
+        if not isinstance(error, Failure):  # a bug must not end the queue
+            import traceback
+            store.place.log("internal error: %s" % traceback.format_exc())
+        return
+    rows, start = answer["message"], '{"success":true,"message":['
+    if hasattr(rows, "__next__"):
+        for row in rows:
+            yield start + compact(row)
+            start = ","
+        yield start * (start != ",") + "]}\n"
+    else:
+        yield compact(answer) + "\n"
 
+def answers(sock, store, look):
+    """The pieces of the answers to the requests on a connection, in order; None after each."""
+    inbox = bytearray()
+    try:
+        for data in iter(lambda: receive(sock, inbox), None):
+            yield from answer_to(store, data, look)
+            yield None
+    except Failure as error:  # where the next one would begin is unknown
+        yield refusal(error)
 
-def make_server(path, on_connection, on_request):
-    """A socketserver on the Unix socket `path`. Our loop calls it, not it ours: `get_request`,
-    `verify_request` and `process_request` for a connection, and `finish_request`, which makes a
-    handler, for each whole request on it, given as (channel, bytes)."""
+def serve(store, listener, look):
+    """Answer requests on connections to `listener`, a thread each, for ever."""
     import socketserver
+    import threading
+    places = threading.Semaphore(MAX_CLIENTS)
 
-    class Handler(socketserver.BaseRequestHandler):
+    class Handler(socketserver.StreamRequestHandler):
+        timeout, wbufsize = IDLE_S, -1
+
         def handle(self):
-            on_request(*self.request)
-
-    class Server(socketserver.UnixStreamServer):
-        request_queue_size = 128
-        inode = None  # of `path`, once that leads to it
-
-        def server_bind(self):
-            self.inode = bind_private(self.socket, path, self.server_activate)
-
-        def verify_request(self, request, client_address):
-            """Only the owner of the queue gets in; others are told."""
-            if peer_uid(request) in (os.geteuid(), None):
-                return True
             with suppress(OSError):
-                request.settimeout(0)
-                request.send(encode(error_answer(Failure("this queue belongs to another user"))))
-            return False
+                for piece in answers(self.request, store, look):
+                    self.wfile.flush() if piece is None else self.wfile.write(piece.encode())
 
-        def process_request(self, request, client_address):
-            on_connection(request)
-
-        def in_place(self):
+        def finish(self):
+            places.release()
             with suppress(OSError):
-                return os.lstat(path).st_ino == self.inode
-            return False
+                super().finish()
 
-        def server_close(self):
-            if self.in_place():
-                os.unlink(path)
-            super().server_close()
+    class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+        daemon_threads = True
 
-    check_socket_path(path)
-    try:
-        server = Server(path, Handler)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise Failure("can't listen at %s: %s; give another --socket"
-                      % (path, error.strerror))
-    server.socket.setblocking(False)
-    return server
+        def verify_request(self, request, _):
+            """Only the owner of the queue gets in, and not too many: others do without a daemon."""
+            return peer_uid(request) in (os.geteuid(), None) and places.acquire(blocking=False)
 
+    server = Server(None, Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listener
+    server.serve_forever(3600)
 
-def utter(stream, text, fd):
-    """Write for whoever still listens. A dead end is led to /dev/null: each fork flushes the
-    streams first, and would fail on what is left in their buffers."""
-    try:
-        stream.write(text)
-        stream.flush()
-    except (OSError, ValueError):
+def server_main(sock, place, listener):
+    """The whole life of the server process: it ends with its supervisor."""
+    import threading
+    close_descriptors({sock.fileno(), listener.fileno()})
+    default_signals()
+
+    def look():
         with suppress(OSError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, fd)
-            os.close(null)
+            sock.send(b"!", socket.MSG_DONTWAIT)
+    threading.Thread(target=serve, args=(Store(place), listener, look), daemon=True).start()
+    while sock.recv(512):
+        pass
 
-
-class Log:
-    """DB.log and stderr: a line for each thing an operator should know; never a payload. stderr
-    goes without what it can't take now: a pipe that nobody empties, or a terminal held by Ctrl-S,
-    would stop the loop with it."""
-
-    def __init__(self, path):
-        self.path = path
-        self.last = {}  # text -> monotonic of its last line
-
-    def __call__(self, text, every_s=0.0):
-        """Write a line; the same one at most every `every_s` seconds."""
-        if every_s:
-            if monotonic() - self.last.get(text, -every_s) < every_s:
-                return
-            self.last[text] = monotonic()
-        line = "%s [%d] %s\n" % (iso(now_ms()), os.getpid(), safe(text))
-        with suppress(OSError, Failure):
-            fd = open_private(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            try:
-                os.write(fd, line.encode("utf-8", "backslashreplace"))
-                if os.fstat(fd).st_size > 10 << 20:
-                    os.rename(self.path, self.path + ".1")
-            finally:
-                os.close(fd)
-        if select.select((), (2,), (), 0)[1]:
-            utter(sys.stderr, line, 2)
-
+# ---- Daemon -------------------------------------------------------------------------------------
+# The supervisor: a Pool with as many workers as the settings want, a server, and an orderly end.
 
 def notify(text):
     """Tell systemd, where it started us and listens; never an error."""
@@ -3688,1000 +2564,502 @@ def notify(text):
             sock.settimeout(BUSY_S)
             sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
+class Ending:
+    """SIGTERM, SIGINT and SIGHUP noted, for who polls `fd`. TERM always counts; the others stay ignored
+    if they were."""
 
-def patiently(action, trouble=Busy):
-    """What `action()` returns, tried again for some time while it raises `trouble`."""
-    deadline = monotonic() + REACH_S
-    while True:
-        try:
-            return action()
-        except trouble:
-            if monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
-def open_store(lock, kind):
-    """The Store for the holder of its lock, who signs that."""
-    identity = lock.text().get("identity")
-    lock.write(kind, None, identity)
-    store = patiently(lambda: Store(lock.db, identity))
-    lock.write(kind, None, store.known)
-    return store
-
-
-# ---- Daemon -------------------------------------------------------------------------------------
-# The loop: one turn of it stores outcomes, does requests and claims jobs in one transaction, then
-# answers and hands out.
-
-NEVER = float("inf")
-
-LOADER = ("import marshal, sys; FROM_CODE = open(int(sys.argv[1]), 'rb'); __file__ = sys.argv[2];"
-          " del sys.argv[:2]; code = marshal.loads(FROM_CODE.read()); FROM_CODE.close(); exec(code)")
-
-
-def shed_syntax_tree():
-    """Start this very process anew from its compiled code: Python holds the syntax tree of its
-    main script, some 10 MiB, as long as that runs. Where it can't be, nothing is lost but that."""
-    import marshal
-    import tempfile
-    if (__name__ != "__main__" or "FROM_CODE" in globals() or sys.flags.isolated
-            or not sys.executable):
-        return
-    with suppress(OSError), tempfile.TemporaryFile() as file:
-        file.write(marshal.dumps(CODE))
-        file.seek(0)
-        os.set_inheritable(file.fileno(), True)
-        os.execv(sys.executable, [sys.executable, "-c", LOADER, str(file.fileno()),
-                                  os.path.abspath(__file__)] + sys.argv[1:])
-
-
-class Daemon:
-    """Serves the queue at `place` until it is stopped. `workers`: wanted from now on, None: as
-    stored; `grace`: ms, see `stop`.
-
-    kind: "daemon", or a temporary one, which gives way to that: "drain" ends when there is no
-    more to do, "run" works the job `only`, others that it takes on and none else, and ends with
-    them.
-    """
-
-    def __init__(self, place, *, kind="daemon", only=None, workers=None, grace=None):
-        self.db = place.db
-        self.kind = kind
-        self.only = None if only is None else {only}
-        self.sock = place.socket
-        self.sock_given = place.socket_given  # there or not at all
-        self.grace = grace
-        self.wanted = workers
-        self.log = Log(self.db + ".log")
-        self.lock = Lock(self.db)
-        self.store = self.server = None  # until `start`
-        self.handlers = {}         # signal -> what handled it before
-        self.loop = Loop()
-        self.started = monotonic()
-        self.commands = 0          # served, not yet in the database
-        self.channels = set()      # of clients
-        self.writes = []           # (channel, Call, monotonic): to be done in the next turn
-        self.hungry = True         # jobs may be ready
-        self.chores = True         # rows to adopt or to delete
-        self.next_due = 0          # ms: no job comes due earlier; 0: unknown
-        self.look_at = 0.0         # monotonic
-        self.retry_at = 0.0        # monotonic: after trouble with the storage; 0: none
-        self.pause_s = BUSY_S
-        self.paused = False        # nothing new is started
-        self.yielded = False       # to a daemon that is to stay
-        self.done = False          # a temporary one has worked all it was to
-        self.stopping = False
-        self.forced_at = NEVER     # monotonic: running jobs of leaving workers are stopped then
-        self.signals = []          # numbers that came
-        self.told = None           # the status that systemd shows
-        self.clock = now_ms() - int(monotonic() * 1000)
-
-    # -- start and end
-
-    def start(self):
-        """Take the lock, open everything, settle what is open; returns the ready line."""
-        take_lock(self.lock, self.kind)
-        self.store = open_store(self.lock, self.kind)
-        self.listen()
-        self.spool = Spool(self.db)
-        private_directory(self.spool.path)
-        self.pool = Pool(self.spool, self.loop, self.log, set_open_files())
-        self.catch_signals()
-        self.take_over()
-        self.log("started: queuectl %s %s, %s" % (VERSION, self.kind,
-                                                  plural(self.wanted, "worker")))
-        self.step()
-        return "queuectl %s daemon ready: pid %d, socket %s, database %s, %s" % (
-            VERSION, os.getpid(), self.sock, self.db, plural(self.wanted, "worker"))
-
-    def listen(self):
-        """At the socket given, or at the default one, or beside the database if that is taken."""
-        state = knock(self.sock)
-        if state in ("live", "foreign"):
-            if self.sock_given:
-                raise Failure("%s is %s; give another --socket" % (
-                    self.sock, "served by another daemon" if state == "live"
-                    else "not a socket of yours"))
-            self.sock, self.sock_given = self.db + ".sock", True
-            self.listen()
-            return
-        try:
-            if state == "stale":
-                remove_stale(self.sock)
-            self.open_socket()
-        except (FileExistsError, FileNotFoundError):  # another daemon was there first
-            self.listen()
-
-    def open_socket(self):
-        """Listen, and sign where."""
-        self.server = make_server(self.sock, self.welcome, self.on_request)
-        self.loop.want(self.server.socket, READ, self.on_connection)
-        self.lock.write(self.kind, self.sock, self.store.known)
-
-    def catch_signals(self):
-        """Note them and wake the loop. TERM always works; INT and HUP stay ignored if they were."""
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        signal.set_wakeup_fd(theirs.fileno())
-        self.loop.want(ours, READ, lambda events: ours.recv(4096))
-        self.wake_end = theirs  # or it would be closed
+    def __init__(self):
+        self.fd = wakeup_fd()
+        self.first = None  # the first one that came
+        self.numbers = []  # those that were not taken yet
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
-                self.handlers[number] = signal.signal(
-                    number, lambda number, frame: self.signals.append(number))
+                signal.signal(number, lambda number, frame: self.numbers.append(number))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-    def take_over(self):
-        """What earlier holders of the lock left: open attempts, run files, numbers, workers."""
-        claims, serials = self.store.open_claims(), self.spool.serials()
-        given = self.store.last_serial()
-        patiently(self.begin)
-        for claim in claims:
-            self.pool.orphan(claim)
-        self.heed()
-        for serial in set(serials) - {claim.serial for claim in claims}:
-            if serial > given and is_locked(self.spool.run_file(serial)):
-                # Of a database that was here before this one was put back.
-                signal_command(None, self.spool.run_file(serial), signal.SIGKILL)
-            self.spool.discard(serial)
+    def take(self):
+        """The numbers of the signals that came since."""
+        with suppress(BlockingIOError):
+            os.read(self.fd, 512)
+        numbers, self.numbers = self.numbers, []
+        self.first = self.first or next(iter(numbers), None)
+        return numbers
 
-    def begin(self):
-        """Note the start, and set right what changed since the last one. No attempt gets a number
-        that a run file bears."""
-        store, now = self.store, now_ms()
-        with store.transaction():
-            store.raise_serial(max(self.spool.serials(), default=0))
-            store.recount()
-            store.disown_stranded()
-            store.pull_in(now)
-            if self.kind == "daemon":
-                store.note_startup(now)
-                if self.wanted is not None:
-                    store.set_wanted(self.wanted)
+class Daemon(Pool):
+    """The daemon of the queue at `place`. `workers`: wanted from now on, None: as stored; `grace`: ms
+    that a stop waits for running jobs, None: as long as they take. Raises Failure."""
 
-    def heed(self):
-        """Do as the database says from now on."""
-        self.paused = self.store.paused() is not None
-        if self.kind == "daemon":
-            self.wanted = self.store.wanted()
-        elif self.kind == "run":
-            self.only = {row[0] for row in self.store.ended(list(self.only)) if row[1] is None}
-            self.wanted = len(self.only)
-        self.pool.cancel(self.store.cancelled())
+    def __init__(self, place, workers=None, grace=None):
+        super().__init__(Store(place, patience_s=PATIENCE_S))
+        self.grace = grace
+        self.force_at = None       # monotonic: running jobs are stopped then
+        self.server = None         # its Child
+        self.since = now_ms()
+        self.lock = place.hold_daemon(2)
+        self.listener, self.path = self.listen()
+        self.note(stopping=False)
+        with self.store.transaction():
+            self.store.note_startup(now_ms())
+            if workers is not None:
+                self.store.configure("workers", workers)
+        self.store.close()
+        self.store.patience_s = TURN_S
+        self.ending = Ending()
+        self.watch(self.ending.fd, self.on_signal)
 
-    def run(self, on_ready):
+    def note(self, stopping):
+        write_note(self.lock, pid=os.getpid(), start=process_start(os.getpid()), version=VERSION,
+                   socket=utf8(self.path), since=self.since, stopping=stopping)
+
+    def slots(self):
+        return range(1, 0 if self.stopping else self.store.settings["workers"] + 1)
+
+    def listen(self):
+        """(listener, path): at the socket given, or at the default one, or in DB-run if that is
+        taken."""
+        for path in [self.place.socket] + [self.place.file("socket")] * (not self.place.socket_given):
+            check_socket_path(path)
+            try:
+                return listen_at(path), path
+            except OSError as error:
+                problem = error
+        raise Failure("can't listen at %s: %s; give another --socket" % (path, problem.strerror))
+
+    def run(self, announce):
         """Serve until stopped."""
         try:
-            on_ready(self.start())
-            if self.kind == "daemon":
-                notify("READY=1")
-            import gc
-            gc.collect()
-            if hasattr(gc, "freeze"):
-                gc.freeze()  # the workers go on sharing what is loaded now
-            while not self.may_end():
+            self.look()
+            told = plural(len(self.slots()), "worker")
+            self.log("started: queuectl %s, %s" % (VERSION, told))
+            announce("queuectl %s daemon ready: pid %d, socket %s, database %s, %s" % (
+                VERSION, os.getpid(), self.path, self.place.db, told))
+            notify("READY=1")
+            while self.workers or not self.stopping:
                 self.step()
-            with suppress(StorageError), self.store.transaction(durable=False):
-                self.store.add_commands(self.commands)
+                if self.force_at and monotonic() >= self.force_at:
+                    with suppress(StorageError):  # else again at the next step
+                        self.force()
+                        self.force_at = None
             self.log("stopped")
         except Exception as error:
-            if self.lock.fd is not None:
-                self.log("gives up: %s" % (str(error) or repr(error)))
+            self.log("gives up: %r" % error)
             raise
         finally:
-            self.shut()
-
-    def shut(self):
-        if self.server:
-            self.server.server_close()
-        if self.store:
+            self.end_server()
             self.store.close()
-        self.lock.release()
-        signal.set_wakeup_fd(-1)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
-    def may_end(self):
-        """Whether it is stopping and has nothing left to wait for."""
-        if self.writes or not self.stopping:
-            return False
-        if self.yielded:
-            return True
-        if self.kind == "daemon" and self.pool.attended():
-            return False
-        noted = self.pool.ended if self.retry_at else ()  # these wait for the next daemon as well
-        return set(self.pool.hands) <= set(noted)
+    def missing(self, busy):
+        return super().missing(busy) + [self.start_server] * (not (self.server or self.stopping))
 
-    def stop(self, grace=None):
-        """Claim no more and wait for running jobs; after `grace` ms stop them too."""
-        grace = self.grace if grace is None else grace
-        if not self.stopping:
+    def start_server(self):
+        self.server = self.start(self.on_server, server_main, self.listener)
+
+    def on_server(self):
+        """A request was stored; or the server has ended, and the next look starts another."""
+        self.look_at = 0.0
+        if self.server.ended():
+            self.look_at = monotonic() + BUSY_S
+            self.forget(self.server)
+            self.server = None
+
+    def on_signal(self):
+        """The first one: an orderly stop; another: running jobs are stopped too."""
+        for _ in self.ending.take():
+            if self.stopping:
+                self.force_at = monotonic()
+                continue
             self.log("stopping")
             notify("STOPPING=1")
-            self.stopping = self.pool.uneven = True
-        if grace is not None:
-            self.forced_at = monotonic() + grace / 1000.0
-
-    def give_way(self):
-        """Stop at once: what runs is finished by its worker and settled by the next daemon."""
-        self.stop()
-        self.yielded = True
-
-    def take_on(self, job_id):
-        """Work this job too, with a worker of its own, if this is for jobs that are named."""
-        if self.kind == "run" and len(self.only) < MAX_ASKED and not self.stopping:
-            self.only.add(job_id)
-            self.wanted = len(self.only)
-            self.pool.uneven = self.hungry = True
-
-    def out_of_work(self):
-        """Whether a temporary daemon has no more to do."""
-        if self.kind == "daemon" or self.writes or any(
-                hand.claim for hand in self.pool.hands.values()):
-            return False
-        with suppress(StorageError):
-            return not (self.store.unsettled(now_ms()) if self.only is None else self.only)
-        return False
-
-    # -- the loop
-
-    def step(self):
-        """Wait for something to do, then do it."""
-        self.loop.wait(self.timeout())
-        while self.signals:
-            self.signals.pop()
-            self.stop(0 if self.stopping else None)
-        now = monotonic()
-        if now >= self.look_at:
-            self.look(now)
-        self.turn(now)
-        if not self.stopping and self.out_of_work():
-            self.done = True
+            self.note(stopping=True)
             self.stop()
-        if self.pool.uneven:
-            self.pool.converge(self.places(), now)
-        if now >= self.forced_at:  # all that must leave are leaving by now
-            self.forced_at = NEVER
-            self.stop_commands()
+            self.end_server()
+            self.force_at = None if self.grace is None else monotonic() + self.grace / 1000.0
 
-    def places(self):
-        """How many workers there are to be, orphans' workers among them."""
-        strange = 0 if self.only is None else len(self.pool.attended())
-        return 0 if self.stopping else self.wanted + strange
-
-    def timeout(self):
-        """Seconds until there is something to do of its own accord."""
-        now = monotonic()
-        if self.pool.uneven and now >= self.pool.hold_until or self.wants_turn(now):
-            return 0.0
-        at = [self.look_at, self.forced_at]
-        if self.pool.orphans and now >= self.retry_at:
-            at.append(self.pool.look_at)
-        if now < self.pool.hold_until:
-            at.append(self.pool.hold_until)
-        if self.retry_at:
-            at.append(self.retry_at)
-        else:
-            at.append(now + (self.next_due - now_ms()) / 1000.0)
-        return max(min(at) - now, 0.0)
-
-    def wants_turn(self, now):
-        """Whether there is something to do, and be it to see that trouble is over."""
-        return now >= self.retry_at and bool(
-            self.retry_at or self.writes or self.chores or self.due()
-            or (self.hungry and self.pool.idle and self.may_start(now)))
-
-    def due(self):
-        """Whether jobs are due, or it is unknown when they are."""
-        return self.next_due <= now_ms()
-
-    def may_start(self, now):
-        return not self.stopping and not self.paused and now >= self.pool.hold_until
-
-    def look(self, now):
-        """Once a second: is everything still ours, what did other programs do?"""
-        self.look_at = now + LOOK_S
-        if not self.lock.in_place():
-            raise Replaced("%s was removed or replaced; another daemon could start" % self.lock.path)
-        self.store.check_file()
-        if not self.server.in_place():
-            self.reopen_socket()
-        for channel in list(self.channels):
-            if not channel.busy and now > channel.active_at + IDLE_S:
-                self.part(channel)
-        self.pool.kill_hung(now)
-        self.pool.reap()
-        try:
-            self.store.read_settings()
-            self.heed()
-            self.chores = self.store.has_chores(now_ms()) or self.commands > 0
-            self.notice_clock()
-            self.tell_status()
-        except StorageError as error:
-            self.trouble(error, now)
-
-    def notice_clock(self):
-        """After a step of the wall clock other jobs are due, and backoffs may be too far ahead."""
-        offset = now_ms() - int(monotonic() * 1000)
-        if abs(offset - self.clock) > 1000:
-            with self.store.transaction(durable=False):
-                self.store.pull_in(now_ms())
-            self.next_due = 0
-        self.clock = offset
-
-    def tell_status(self):
-        """Keep what `systemctl status` shows up to date."""
-        if "NOTIFY_SOCKET" in os.environ:
-            jobs = self.store.counts()
-            text = "STATUS=%s%s, %d jobs waiting, %d running, %d dead" % (
-                "Stopping: " if self.stopping else "", plural(self.pool.count(), "worker"),
-                jobs["pending"] + jobs["failed"], jobs["processing"], jobs["dead"])
-            if text != self.told:
-                self.told = text
-                notify(text)
-
-    def reopen_socket(self):
-        """Someone removed our socket: listen anew, as at the start."""
-        old, place = self.server, (self.sock, self.sock_given)
-        try:
-            self.listen()
-            self.log("its socket was gone: listens at %s" % self.sock)
-        except (OSError, Failure) as error:
-            self.log("can't listen again at %s: %s" % (
-                self.sock, getattr(error, "strerror", None) or error), every_s=60)
-        if self.server is old:  # the next look tries all anew: whoever is there may have gone
-            self.sock, self.sock_given = place
-        else:
-            self.loop.remove(old.socket)
-            old.server_close()
-
-    def turn(self, now):
-        """One transaction: outcomes, requests, due jobs, claims. What is answered is on disk."""
-        if now < self.retry_at:
-            return
-        try:
-            results = self.pool.results(self.store.settings["output-limit"], now)
-        except OSError as error:  # no descriptors, or the disk fails: nothing is known yet
-            self.trouble(error, now)
-            results = []
-        # Requests are done even so: who makes them may have all the descriptors.
-        if not results and not self.writes and not self.wants_turn(now):
-            return
-        writes, self.writes = self.writes, []
-        try:
-            with self.store.transaction(durable=bool(writes)):
-                done = record_results(self.store, results, now_ms())
-                self.chores = self.chores or bool(writes)  # they may mean rows just written
-                self.do_chores()
-                answers = [(channel, self.answer(call)) for channel, call, _ in writes]
-                claims = self.claim(now, done)
-                self.next_due = self.store.next_due()
-        except StorageError as error:
-            self.pool.look_at = 0.0
-            self.put_off(error, writes, now)
-            return
-        self.retry_at, self.pause_s = 0.0, BUSY_S
-        self.deliver(done, claims, answers, now)
-
-    def do_chores(self):
-        """Adopt, purge and promote, some at a time."""
-        if self.chores:
-            strangers = adopt_strangers(self.store, now_ms())
-            purged = self.store.purge_expired(now_ms())
-            self.hungry = self.hungry or strangers > 0
-            self.chores = strangers == PROMOTE or purged == PURGE
-        if self.commands:
-            self.store.add_commands(self.commands)
-        if self.due() and self.store.promote(now_ms()):
-            self.hungry = True
-
-    def claim(self, now, done):
-        """Claims for idle workers, and for those whose job has just ended; what ended (`done`)
-        may want a pause, or other jobs worked."""
-        for result, _, heir in done:
-            if result.outcome.reason == "unstarted":
-                self.pool.hold_until = now + LOOK_S
-            if heir:
-                self.take_on(heir)
-            # What was given back, or waited for an orphan of its name, is ready.
-            if heir or result.outcome.reason in GIVEN_BACK or result.worker is None:
-                self.hungry = True
-        slots = list(self.pool.idle) if self.hungry else []
-        slots += [result.claim.slot for result, _, _ in done if self.pool.frees(result.claim)]
-        if not slots or not self.may_start(now):
-            return []
-        claims = self.store.claim(slots, boot_id(), now_ms(), self.only)
-        self.hungry = len(claims) == len(slots)
-        return claims
-
-    def deliver(self, done, claims, answers, now):
-        """After the COMMIT: free workers, hand out, answer."""
-        self.commands = 0
-        for result, _, _ in done:
-            self.pool.close(result.claim)
-        for claim in claims:
-            self.pool.hand_out(claim, self.order(claim))
-        for result, verdict, _ in done:  # while the workers go on
-            self.spool.discard(result.claim.serial)
-            if verdict.state == "dead":
-                self.log("job dead: %s, %s" % (result.claim.job, verdict.error))
-            elif result.outcome.reason == "unstarted":
-                self.log("could not start a job: %s" % result.outcome.detail, every_s=60)
-        if answers or (done and self.kind == "run"):
-            self.obey(now)
-        for channel, answer in answers:
-            self.send(channel, answer)
-            self.pump(channel)
-
-    def obey(self, now):
-        """After writes: whatever they want changed in what runs."""
-        try:
-            self.heed()
-        except StorageError as error:  # it is stored: the next look sees it
-            self.trouble(error, now)
-        self.hungry = self.pool.uneven = True
-        self.pool.converge(self.places(), now)
-
-    def stop_commands(self):
-        """Have what leaving workers run stopped and given back. Of an orphan this is stored first:
-        its worker will note a signal, and the next daemon take that for its job's failure."""
-        self.pool.stop_commands()
-        try:
-            with self.store.transaction():
-                self.store.mark_stopped(self.pool.attended(), now_ms())
-            self.pool.cancel(self.store.cancelled())
-        except StorageError as error:
-            self.trouble(error, monotonic())
-            self.forced_at = self.retry_at
-
-    def order(self, claim):
-        """What a worker needs to run the claim."""
-        settings = self.store.settings
-        return {"serial": claim.serial, "id": claim.job, "attempt": claim.attempts + 1,
-                "command": claim.command, "shell": split_shell(settings["shell"]),
-                "timeout": claim.timeout, "limit": settings["output-limit"],
-                "cwd": claim.cwd or os.path.dirname(self.db),
-                "env": env_of(claim.env)}
-
-    def put_off(self, error, writes, now):
-        """The transaction failed as a whole: outcomes and claims are tried again, requests too
-        while another program has the lock."""
-        for channel, call, since in writes:
-            if isinstance(error, Busy) and now < since + WRITE_S:
-                self.writes.append((channel, call, since))
-            else:
-                self.send(channel, error_answer(error))
-                self.pump(channel)
-        self.hungry = self.chores = True
-        self.trouble(error, now)
-
-    def trouble(self, error, now):
-        """Try again after a pause that grows, and say so once a minute; Replaced is the end."""
-        if isinstance(error, Replaced):
-            raise error
-        self.log("storage trouble: %s" % error, every_s=60)
-        self.retry_at = now + self.pause_s
-        self.pause_s = BUSY_S if isinstance(error, Busy) else min(self.pause_s * 2, 5.0)
-
-    # -- clients
-
-    def on_connection(self, _events):
-        """Let in whoever waits, a backlog at the most."""
-        for _ in range(self.server.request_queue_size):
-            if not self.let_in():
-                return
-
-    def let_in(self):
-        """Accept one connection; False when there is none, or no room for it."""
-        try:
-            request, address = self.server.get_request()
-        except BlockingIOError:
-            return False
-        except OSError as error:  # no descriptors: make room, or it would be ready for ever
-            self.log("can't accept a connection: %s" % error, every_s=60)
-            quiet = [channel for channel in self.channels if not channel.busy]
-            for channel in sorted(quiet, key=lambda channel: channel.active_at)[:1]:
-                self.part(channel)
-            return False
-        if self.server.verify_request(request, address):
-            self.server.process_request(request, address)
-        else:
-            self.server.shutdown_request(request)
-        return True
-
-    def welcome(self, sock):
-        self.channels.add(Channel(sock, self.loop, self.pump, self.pump))
-
-    def part(self, channel):
-        channel.close()
-        self.channels.discard(channel)
-
-    def pump(self, channel):
-        """Take whole requests, each after the one before is answered; part when all is said."""
-        while channel.open and not channel.busy and not channel.pages:
-            data = self.next_request(channel)
-            if data is None:
-                break
-            channel.busy = True
-            self.server.finish_request((channel, data), None)
-        if (not channel.open or (channel.ended and channel.idle())
-                or len(channel.inbox) > 2 * MAX_REQUEST):
-            self.part(channel)
-
-    def next_request(self, channel):
-        try:
-            return take_request(channel.inbox, channel.ended)
-        except Failure as error:  # where the next one would begin is unknown
-            del channel.inbox[:]
-            channel.ended = True
-            self.send(channel, error_answer(error))
-            return None
-
-    def on_request(self, channel, data):
-        """A whole request: reads are done at once, writes in the next turn."""
-        self.commands += 1
-        try:
-            request = parse_request(data)
-            if request.get("db") not in (None, utf8(self.db)):
-                raise Failure("the daemon at %s serves %s, not %s" % (
-                    self.sock, self.db, str(request["db"])))
-            call = resolve(request)
-            if call.operation.needs_daemon and self.kind != "daemon":
-                raise NoDaemon(self.db)
-        except Failure as error:
-            self.send(channel, error_answer(error))
-            return
-        if call.operation.writes:
-            self.writes.append((channel, call, monotonic()))
-        elif "after" in call.operation.defaults and "after" not in call.arguments:
-            channel.pages, channel.busy = self.pages(call), False
-            channel.flush()
-        else:
-            self.send(channel, self.answer(call))
-
-    def pages(self, call):
-        """A whole list as one answer, a page at a time: the original's client knows no pages."""
-        start, after = b'{"success":true,"message":[', 0
-        while after is not None:
-            answer = self.answer(call._replace(arguments=dict(call.arguments, after=after)))
-            if not answer["success"]:
-                yield encode(answer)
-                return
-            after = answer["next"]
-            if answer["message"]:
-                yield start + compact(answer["message"])[1:-1].encode()
-                start = b","
-        yield (start if start != b"," else b"") + b"]}\n"
-
-    def answer(self, call):
-        """Do it; whatever goes wrong in it is its own trouble alone."""
-        context = Context(self.store, now_ms(), self)
-        try:
-            if not call.operation.writes:
-                return perform(context, call)
-            with self.store.savepoint():
-                return perform(context, call)
-        except Failure as error:
-            if isinstance(error, StorageError) and call.operation.writes:
-                raise  # what the turn did before may be undone as well
-            return error_answer(error)
-        except Exception as error:  # a bug must not end the queue
-            import traceback
-            self.log("internal error: %s" % traceback.format_exc())
-            return error_answer(Failure("internal error: %r; see %s" % (error, self.log.path)))
-
-    def send(self, channel, answer):
-        channel.send(answer)
-        channel.busy = False
-
+    def end_server(self):
+        """Nobody is let in any more: commands do without."""
+        if self.listener:
+            with suppress(OSError):
+                os.unlink(self.path)
+            self.listener.close()
+            self.listener = None
+        if self.server:
+            self.forget(self.server)
+            self.server = None
 
 # ---- Client -------------------------------------------------------------------------------------
-# Where a command finds its queue, and how it has its request done: by whoever holds the lock, or,
-# if nobody does, here.
+# Where a command finds its queue, and how it has its changes made: by the daemon, or, if nobody
+# answers, here.
+
+# The code of this whole file, for `compiled`.
+CODE = sys._getframe().f_code
 
 def default_db():
-    """Beside this file if the directory is ours alone and no bin, else where state is kept."""
+    """Beside this file if the directory is ours alone and no place for programs, else where state is
+    kept."""
     folder = os.path.dirname(os.path.realpath(__file__))
     status = os.stat(folder)
-    ours = status.st_uid == os.geteuid() and not others_can_write(folder, status)
-    if not ours or os.path.basename(folder) in ("bin", "sbin"):
+    if (status.st_uid != os.geteuid() or others_can_write(status)
+            or re.search(r"/lib/|/s?bin\Z", folder)):
         # Joined to /, or without a home it would depend on the current directory.
         folder = ("/var/lib/queuectl" if os.geteuid() == 0
                   else os.path.join("/", os.path.expanduser("~/.local/state/queuectl")))
     return os.path.join(folder, "queuectl.db")
 
-
 def locate(db, sock):
     """The Place that flags or environment name. An empty variable counts as unset."""
     db = db or os.environ.get("DB_PATH")
     sock = sock or os.environ.get("SOCKET_PATH")
-    path = os_path(db or default_db())
-    check_links(os.path.abspath(path))
-    place = Place(os.path.realpath(path), bool(db),
+    folder, name = os.path.split(os.path.abspath(os_path(db or default_db())))
+    place = Place(os.path.join(os.path.realpath(folder), name), bool(db),
                   os.path.abspath(os_path(sock or DEFAULT_SOCKET)), bool(sock))
-    if os.path.isdir(place.db):
-        raise Failure("%s is no file for a database; give another --db" % place.db)
     check_socket_path(place.socket)
     return place
-
-
-def make_default_folder(place):
-    """Only the default's directory is made; another is the user's affair."""
-    folder = os.path.dirname(place.db)
-    if not place.db_given and not os.path.isdir(folder):
-        try:
-            private_directories(folder)
-        except OSError as error:
-            raise Failure("can't make %s: %s; give a --db" % (folder, error.strerror))
-
 
 def shell_quote(text):
     import shlex
     return shlex.quote(text)
 
+def ask(path, request, patience_s=PATIENCE_S):
+    """The answer of the daemon at socket `path`; {} when none gives one."""
+    with suppress(OSError, ValueError, TypeError), \
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(patience_s)
+        sock.connect(path)
+        if peer_uid(sock) not in (os.geteuid(), None):
+            raise Failure("%s is served by another user; give another --socket" % path)
+        sock.sendall(compact(request).encode() + b"\n")
+        return dict(json.loads(receive(sock, bytearray()) or b""))
+    return {}
 
-def silent(line):
-    """A Queue's `note` for who wants to hear nothing."""
-
+def daemon_at(path, patience_s=PATIENCE_S):
+    """What the daemon at a socket tells of itself, see `about_daemon`; {} without one."""
+    about = ask(path, {"command": "daemon", "option": "status"}, patience_s).get("message")
+    return about if isinstance(about, dict) else {}
 
 class Queue:
-    """The queue at `place`, as a command uses it. `note(line)` tells the user how the first
-    request went."""
+    """The queue at `place`, as a command uses it. `note(line)` tells the user what is special."""
 
     def __init__(self, place, note):
-        self.place = place
+        self.given = place
         self.note = note
-        self.mentioned = False  # whether there is another queue: once is enough
+        self.opened = None      # the Store
 
-    def by_socket(self):
-        """Whether only a socket was given: the queue is whatever is served there."""
-        return self.place.socket_given and not self.place.db_given
-
-    def call(self, command, option=None, **value):
-        """The answer to a request; Failure when it was refused."""
-        request = {"command": command, "option": option, "flag": None, "value": value,
-                   "version": VERSION, "once": os.urandom(12).hex()}
-        if self.by_socket():
-            answer = patiently(lambda: self.ask_at_socket(request), Unreachable)
-        else:
-            answer = self.ask_queue(dict(request, db=utf8(self.place.db)))
-        if answer.get("success") is True:
-            self.note = silent
-            if isinstance(answer.get("db"), str):  # a temporary daemon may be gone the next time
-                self.place = self.place._replace(db=os_path(answer["db"]), db_given=True)
-            return answer
-        answer.pop("success", None)
-        message = str(answer.pop("message", None))
-        raise Failure(message[7:] if message.startswith("Error: ") else message, **answer)
-
-    def ask_at_socket(self, request):
-        """Only a socket was given: whatever is served there."""
-        if knock(self.place.socket) != "live":
-            raise Failure("no daemon at %s; name the queue with --db" % self.place.socket,
-                          no_daemon=True)
-        return ask(self.place.socket, request)
-
-    def ask_queue(self, request):
-        """Have it done by whoever holds the queue's lock, or here; reads of a queue that isn't
-        there yet make none."""
-        call = resolve(request)
-        if not call.operation.writes and self.untouched():
-            return self.do_here(None, call)
-        if request["command"] == "enqueue" and not os.path.exists(self.place.db):
-            other = self.other_queue()
-            if other:
-                raise Failure("%s does not exist; %s; or name the new queue with --db"
-                              % (self.place.db, other))
-        make_default_folder(self.place)
-        return patiently(lambda: self.ask_holder(request, call), Unreachable)
-
-    def ask_holder(self, request, call):
-        """The lock tells: free, do it here; held, ask its holder."""
-        lock = Lock(self.place.db)
-        try:
-            if lock.take():
-                return self.do_here(lock, call)
-            holder = lock.text()
-        finally:
-            lock.release()
-        try:
-            return ask(self.socket_of(holder), request)
-        except Unreachable as error:
-            raise Unreachable("pid %s holds the lock of %s, but %s" % (
-                holder.get("pid", "unknown"), self.place.db, error))
-
-    def socket_of(self, holder):
-        """Where the lock's holder listens; a Failure if the user gave another place."""
-        path = holder.get("socket")
-        if not isinstance(path, str):
-            raise Unreachable("it is no daemon")
-        path = os_path(path)
-        if self.place.socket_given and path != self.place.socket:
-            raise Failure("the daemon of %s listens at %s, not at %s; leave out --socket and"
-                          " SOCKET_PATH" % (self.place.db, path,
-                                            self.place.socket))
-        if path != DEFAULT_SOCKET:
-            self.mention_other()
-        return path
-
-    def untouched(self):
-        """Whether there has never been a queue here."""
-        return not any(map(os.path.lexists, (self.place.db, self.place.db + ".lock")))
-
-    def do_here(self, lock, call):
-        """Without a daemon: the same operation, in this process, under the lock (None: only a
-        look at a queue that isn't there yet, which makes nothing)."""
-        if call.operation.needs_daemon:
-            raise NoDaemon(self.place.db)
-        if lock is None and self.place.db_given:
-            check_folder(os.path.dirname(self.place.db))
-        store = open_store(lock, "command") if lock else Store(":memory:")
-        with closing(store):
-            self.mention_other()
-            answer = self.settle_and_do(store, call)
-        stored = call.operation.writes and not call.arguments.get("dry_run")
-        self.note("daemon not running; %s %s" % (
-            "no queue yet at" if lock is None else "stored in" if stored else "read from",
-            self.place.db))
-        return answer
-
-    def settle_and_do(self, store, call):
-        """Record what ended meanwhile, then do it. Stopping what is left is the daemon's work."""
-        spool, now = Spool(self.place.db), now_ms()
-        results = []
-        for claim in store.open_claims():
-            verdict, record = examine(claim, spool)
-            if verdict not in ("leave", "stop"):
-                results.append(result_of(claim, verdict, record, spool,
-                                         store.settings["output-limit"]))
-
-        def transact():
-            with store.transaction(durable=call.operation.writes):
-                record_results(store, results, now)
-                adopt_strangers(store, now)
-                return perform(Context(store, now, None), call)
-        answer = patiently(transact)
-        for result in results:
-            spool.discard(result.claim.serial)
-        return answer
+    @property
+    def place(self):
+        """Where only a socket was given, the daemon there names the database."""
+        if self.given.socket_given and not self.given.db_given:
+            db = daemon_at(self.given.socket).get("db")
+            if db is None:
+                raise Failure("no daemon at %s; name the queue with --db" % self.given.socket)
+            self.given = self.given._replace(db=os_path(db), db_given=True)
+        return self.given
 
     def other_queue(self):
         """A line for a user who gave nothing, if a daemon of theirs at the default socket serves
-        another queue; else None."""
-        if self.place.db_given or self.place.socket_given or knock(DEFAULT_SOCKET) != "live":
-            return None
-        try:
-            about = ask(DEFAULT_SOCKET, {"command": "daemon", "option": "status"}, 2)["message"]
-            if os_path(about["db"]) == self.place.db:
-                return None
-        except (Failure, TypeError):
-            return None
-        return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
-            DEFAULT_SOCKET, about["db"], shell_quote(about["db"]))
+        another queue, while none serves this one; else None."""
+        place = self.given
+        if not (place.db_given or place.socket_given or place.daemon()) and is_served(DEFAULT_SOCKET):
+            db = daemon_at(DEFAULT_SOCKET, 2).get("db")
+            if db not in (None, utf8(place.db)):
+                return "a daemon at %s serves %s; to use that queue: export DB_PATH=%s" % (
+                    DEFAULT_SOCKET, db, shell_quote(db))
+        return None
 
-    def mention_other(self):
-        line = None if self.mentioned else self.other_queue()
-        self.mentioned = True
-        if line:
-            self.note(line)
+    def change(self, name, **value):
+        """The answer to a request that changes the queue: of the daemon, or, if nobody answers, made
+        here; Failure when it was refused."""
+        command, _, option = name.partition(" ")
+        request = {"command": command, "option": option or None, "flag": None, "value": value,
+                   "version": VERSION, "once": os.urandom(12).hex(), "db": utf8(self.place.db)}
+        answer = self.ask_daemon(request)
+        if not answer:
+            other = command == "enqueue" and not self.place.exists() and self.other_queue()
+            if other:
+                raise Failure("%s does not exist; %s; or name the new queue with --db"
+                              % (self.place.db, other))
+            answer = dict(perform(self.store(), request), workers=None)  # the note says enough
+            self.note("daemon not running; stored in %s" % self.place.db)
+        if answer.get("success") is True:
+            return answer
+        raise Failure(re.sub("^Error: ", "", str(answer.get("message"))), index=answer.get("index", 0))
 
-    def database(self):
-        """Its path, for who only reads it: where just a socket was given the daemon there tells."""
-        if self.by_socket():
-            return os_path(self.call("daemon", "status")["message"]["db"])
-        return self.place.db
+    def ask_daemon(self, request):
+        """The answer of the daemon at the socket given, else where it says that it listens; {} if
+        nobody answers."""
+        place = self.place
+        paths = [place.socket] * place.socket_given + [place.daemon().get("socket")]
+        answers = (ask(os_path(path), request) for path in paths if path)
+        return next(filter(None, answers), {})
 
+    def store(self, make=True):
+        """The Store of the queue; one that isn't there is not made for a look."""
+        if self.opened is None or self.opened.memory and make:
+            other = self.other_queue()
+            if other:
+                self.note(other)
+            self.opened = Store(self.place, patience_s=PATIENCE_S,
+                                memory=not make and not self.place.exists())
+        return self.opened
 
-def call_of(place):
-    """The words after the interpreter that call this very file for the queue at `place`."""
-    return ([os.path.abspath(__file__), "--db", place.db]
+    def look(self):
+        """The Store, for who only reads, with the settings of now."""
+        store = self.store(make=False)
+        store.refresh()
+        return store
+
+    def existing(self):
+        """The same; a Failure without a queue."""
+        if not self.place.exists():
+            raise Failure("no queue at %s; name it with --db" % self.place.db)
+        return self.look()
+
+    def close(self):
+        if self.opened:
+            self.opened.close()
+
+def call_words(place, program):
+    """The words that call a program file of ours for the queue at `place`."""
+    return ([sys.executable or "python3", program, "--db", place.db]
             + ["--socket", place.socket] * place.socket_given)
 
+def compiled(place):
+    """The path of this program, compiled, in DB-run, so that the daemon is there at once and needs less
+    memory; the script while there is no DB-run."""
+    import importlib.util
+    import marshal
+    path, size = place.file("queuectl.pyc"), 12 if sys.version_info >= (3, 7) else 8
+    new = "%s.%d" % (path, os.getpid())
+    if not os.path.isdir(place.file("")):
+        return os.path.abspath(sys.argv[0])
+    with open(new, "wb", opener=open_private) as file:
+        file.write(importlib.util.MAGIC_NUMBER + bytes(size) + marshal.dumps(CODE))
+    os.rename(new, path)
+    return path
 
 def start_in_background(place, *options):
     """Start a daemon in a session of its own; its ready line, once it is."""
-    import subprocess
-    command = [sys.executable or "python3"] + call_of(place) + ["daemon"] + list(options)
-    environment = dict(os.environb)
-    environment.pop(b"QUEUECTL_RUN", None)  # a job may start it, but it is no part of that
-    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, cwd="/", start_new_session=True,
-                              env=environment)
+    from subprocess import DEVNULL, PIPE, Popen
+    os.environ.pop("QUEUECTL_RUN", None)  # a job may start it, but it is no part of that
+    daemon = Popen([*call_words(place, compiled(place)), "daemon", *options], cwd="/",
+                   stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True,
+                   encoding="utf-8", errors="replace")
     ready = daemon.stdout.readline()
     if ready:
-        daemon.returncode = 0  # it outlives us; subprocess would warn that nobody waited
-        return ready.decode("utf-8", "replace").strip()
-    lines = daemon.stderr.read().decode("utf-8", "replace").strip().splitlines() or ["it died"]
-    daemon.wait()
-    try:
-        message = json.loads(lines[-1])["message"].partition(": ")[2]
-    except (ValueError, KeyError, TypeError):
-        message = "the daemon did not start: %s" % lines[-1]
-    raise (Served if "already serves" in message else Failure)(message)
+        return ready.strip()
+    error = daemon.communicate()[1].strip().rpartition("\n")[2]
+    with suppress(ValueError, KeyError, TypeError):
+        error = json.loads(error)["message"][7:]
+    raise Failure("the daemon did not start: %s" % error)
 
+# ---- Looking ------------------------------------------------------------------------------------
+# What commands find by reading alone: what a job waits for, what `check` judges, what `doctor` finds,
+# and a copy of it all.
 
-# ---- Doctor -------------------------------------------------------------------------------------
-# What is or will be wrong with a queue. Each look returns what it saw, or raises a Failure: "what is
-# wrong; the way out".
+def is_worked(store, job_id):
+    """Whether somebody works the job, or will: a daemon with workers, a `drain`, its `run`."""
+    notes = [store.place.note_of(slot) for slot in store.place.slots() if slot > MAX_WORKERS]
+    return (store.settings["workers"] and store.place.daemon()
+            or any(note.get("only") is None or job_id in note["only"] for note in notes))
 
+def hindrance(store, job_id=None):
+    """What keeps every job from running, or None."""
+    if store.paused is not None:
+        return "the end of the pause (%s); go on with: queuectl resume" % store.paused
+    if not is_worked(store, job_id):
+        return "a worker; start one with: queuectl worker start"
+    return None
 
-def look_at_versions(sqlite):
-    text = ".".join(map(str, sqlite))
-    if sqlite < (3, 7, 17):
-        raise Failure("SQLite %s is too old; use a Python with SQLite 3.7.17 or newer" % text)
-    return "queuectl %s, %s; Python %s, %s; SQLite %s%s" % (
-        VERSION, os.path.abspath(__file__), sys.version.split()[0], sys.executable, text,
-        "" if any(fixed <= sqlite < end for fixed, end in (
-            ((3, 44, 6), (3, 45)), ((3, 50, 7), (3, 51)), ((3, 51, 3), (4,)))) else
-        ", whose WAL-reset bug (fixed in 3.44.6, 3.50.7, 3.51.3) takes two programs that write at"
-        " once: other programs should leave the database alone")
+def waiting_for(store, job, now):
+    """What keeps a job from running; "" once it runs or has ended."""
+    if job.state not in ("pending", "failed"):
+        return ""
+    if job.due and job.due > now:
+        return "its time, %s" % iso(job.due)
+    return hindrance(store, job.id) or "a free worker"
 
+def output_of(store, attempt, offset):
+    """(bytes of what an attempt wrote, where they start), from byte `offset` of it on, or from what is
+    left of it on; of an open one as much as there is now, up to a large piece."""
+    if attempt["finished_at"]:
+        start = max(offset, attempt["output_cut"])
+        return store.output(attempt["serial"], start - attempt["output_cut"]), start
+    return (read_running(store.place.file(attempt["serial"]), offset, 16 << 20) or (b"", offset))[:2]
 
-def look_at_queue(queue):
-    other = queue.other_queue()
+def full_id(store, given):
+    """The id that a user means: it, or the one that begins so."""
+    found = store.ids_like(given) if is_text(given) else []
+    if len(found) != 1:
+        raise Failure("no job %s; see: queuectl list" % given[:128] if not found else
+                      "more than one job begins with %s; give more of the id" % given)
+    return found[0]
+
+def judge(store, limits, name, within, now):
+    """(exit status, line) as monitoring plugins have them. limits: {"pending", "dead", "age" in s: the
+    highest value allowed, None: any}; a job called `name` must have completed within so many ms."""
+    counts, problems, figures = store.counts(), [], []
+    values = dict(counts, age=(now - (store.ready_since(now) or now)) // 1000)
+    for label, limit in limits.items():
+        if limit is not None and values[label] > limit:
+            problems.append("%s is %d, over %d" % (label, values[label], limit))
+        figures.append("%s=%d;;%s" % (label, values[label], "" if limit is None else limit))
+    if name is not None and not store.completed_at(name, max(now - within, 0)):
+        problems.append("%s has not completed within %s" % (name, lapse(within)))
+    waiting = counts["pending"] + counts["failed"]
+    lacks = (waiting or store.paused is not None) and hindrance(store)
+    status = 2 if problems else int(bool(lacks))
+    problems += ["%s waiting, %d dead" % (plural(waiting, "job"), counts["dead"])] + [
+        "waiting for %s" % lacks] * bool(lacks)
+    line = "%s - %s" % (("OK", "WARNING", "CRITICAL")[status], ", ".join(problems))
+    return status, "%s | %s" % (safe(line.replace("|", "/")), " ".join(figures))
+
+def back_up(store, target):
+    """Copy the queue into the new file `target`, 0600 from its first instant and on the disk in the
+    end; if anything fails it is removed again. The number of jobs."""
+    with open(target, "xb", opener=open_private) as file:
+        try:
+            count = store.copy(target)
+            os.fsync(file)
+            with suppress(OSError):  # a folder may be one that we can't read
+                os.fsync(os.open(os.path.dirname(target), os.O_RDONLY))
+            return count
+        except BaseException:
+            os.unlink(target)
+            raise
+
+# What `doctor` looks at, a function each: what is well, or a Failure: what is wrong; what to do.
+
+def look_at_versions(queue):
+    return "queuectl %s, %s, Python %s, %s" % (VERSION, os.path.abspath(__file__),
+                                               sys.version.split()[0], sys.executable)
+
+def look_at_folder(queue):
+    place, other = queue.place, queue.other_queue()
     if other:
         raise Failure(other)
-    return "%s (%s)" % (queue.place.db, "given" if queue.place.db_given else "the default")
-
-
-def look_at_folder(folder):
-    check_folder(folder)
-    mode = os.stat(folder)
-    if os.statvfs(folder).f_flag & os.ST_RDONLY:
-        raise Failure("%s is on a read-only file system; mount it for writing, or use another --db"
-                      % folder)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise Failure("%s can't be written; run: chmod u+rwx %s" % (folder, folder))
-    if others_can_write(folder, mode) and not mode.st_mode & stat.S_ISVTX:
-        raise Failure("%s can be written by others; run: chmod go-w %s" % (folder, folder))
-    return folder
-
-
-def look_at_disk(folder):
-    room = os.statvfs(folder)
+    place.check()
+    folder = os.path.dirname(place.db)
+    if not os.path.isdir(folder):
+        return "%s is not there yet" % folder
+    status, room = os.stat(folder), os.statvfs(folder)
     free = room.f_bavail * room.f_frsize
-    if free < LOW_DISK or room.f_files and not room.f_favail:
-        raise Failure("only %d MiB and %d inodes are free for %s; free some, or use another --db"
-                      % (free >> 20, room.f_favail, folder))
-    return "%d MiB free" % (free >> 20)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Failure("%s can't be written; mount it for writing, or run: chmod u+rwx %s"
+                      % (folder, folder))
+    if others_can_write(status) and not status.st_mode & stat.S_ISVTX:
+        raise Failure("%s can be written by others; run: chmod go-w %s" % (folder, folder))
+    if free < LOW_DISK or room.f_favail == 0 < room.f_files:
+        raise Failure("only %d MiB, or no inodes, are free for %s; free some, or use another --db"
+                      % (free >> 20, place.db))
+    return "%s, on %s, %d MiB free" % (place.db, file_system(folder) or "an unknown disk", free >> 20)
 
+def look_at_files(queue):
+    place = queue.place
+    for path in (place.db, place.db + "-wal", place.db + "-shm", place.daemon().get("socket", ""),
+                 *map(place.file, ("", "lock", "door", "daemon", "log"))):
+        with suppress(FileNotFoundError):
+            mode = os.lstat(path).st_mode
+            if mode & 0o077:
+                raise Failure("%s has mode %03o; run: chmod go= %s" % (path, mode & 0o777, path))
+    return "private"
 
-def look_at_file(path, wanted):
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return "not there now"
-    mode = stat.S_IMODE(status.st_mode)
-    check = check_regular if wanted == 0o600 else check_directory
-    check(path, status)
-    if mode != wanted:
-        raise Failure("%s has mode %04o; run: chmod %o %s" % (path, mode, wanted, path))
-    return path
+def look_at_lock(queue):
+    path, pids = queue.place.file("lock"), []
+    for _ in range(60):
+        if not is_locked(path):
+            return "free"
+        sleep(0.05)
+    with suppress(OSError), open("/proc/locks") as locks:
+        pids = re.findall(r": FLOCK .* (\d+) \S+:%d " % os.stat(path).st_ino, locks.read())
+    pids = " ".join(pids) or "unknown"
+    raise Failure("%s is held too long, by pid %s; it is stopped or stuck: kill -CONT %s, or end it"
+                  % (path, pids, pids))
 
-
-def look_at_lock(path, holder):
-    pid = holder.get("pid")
-    if not is_locked(path):
-        return "free: no daemon runs"
-    if type(pid) is not int or not process_start(pid):
-        raise Failure("%s is held by %s, not by the daemon it names; end that process" % (
-            path, ", ".join(map(str, holders(path))) or "an unknown process"))
-    return "held by a %s, pid %d" % (holder.get("kind"), pid)
-
-
-def look_at_socket(path, given, served):
-    state = knock(path)
-    if served and state != "live":
-        raise Failure("nobody listens at %s, though a daemon holds the lock; end that daemon and"
-                      " start another: worker start" % path)
-    if state == "stale":
-        raise Failure("%s was left by a daemon that died; start one, which replaces it, or run:"
-                      " rm %s" % (path, path))
-    if given and not served and state:
-        raise Failure("%s is not a socket of this queue; give another --socket" % path)
-    if served and os.stat(path).st_mode & 0o077:
-        raise Failure("%s is open to others; run: chmod 600 %s" % (path, path))
-    return "%s: %s" % (path, state or "nothing there")
-
-
-def look_at_daemon(db, path):
-    if not path:
+def look_at_daemon(queue):
+    """Its socket answers, it is of this version, and no other program has the database open."""
+    place, daemon = queue.place, queue.place.daemon()
+    strangers = set(processes(place.db)).difference(processes(place.file("lock")))
+    if strangers:
+        raise Failure("another program has %s open: pid %s; end it, or it may run jobs twice"
+                      % (place.db, " ".join(map(str, strangers))))
+    if not daemon:
         return "none runs"
-    about = ask(path, {"command": "daemon", "option": "status", "db": utf8(db)}, 5).get("message")
-    if not isinstance(about, dict) or about.get("version") != VERSION:
-        raise Failure("the daemon at %s is of another version: %s; restart it: daemon stop, worker"
-                      " start" % (path, about))
+    about = daemon_at(os_path(daemon["socket"]), 5)
+    if about.get("version") != VERSION:
+        raise Failure("the daemon, pid %(pid)s, queuectl %(version)s, does not answer at %(socket)s as"
+                      " queuectl %(ours)s does; restart it as it was started"
+                      % dict(daemon, ours=VERSION))
     return "pid %(pid)d, up %(uptime_s)d s, %(workers)d of %(wanted)d workers" % about
 
-
-def look_at_schema(db, known, number, identity, lacks, damage):
-    if number is not None and not 0 <= number <= len(MIGRATIONS):
-        raise Failure("%s has schema %d, and queuectl %s knows %d; use the newer one that made it"
-                      % (db, number, VERSION, len(MIGRATIONS)))
-    if lacks:
-        raise Failure("%s lacks %s: another program changed it; restore a backup"
-                      % (db, ", ".join(lacks)))
-    if known and identity != known and not damage:
-        raise Failure("%s is %s that %s.lock remembers; restore it, or remove the lock file if this"
-                      " is meant" % (db, "not the database" if number is not None
-                                     else "gone, the queue", db))
-    if number is None:
-        return "unknown" if damage else "no database yet"
-    return "schema %d of %d" % (number, len(MIGRATIONS))
-
-
-def look_at_integrity(damage):
+def look_at_database(queue):
+    if not os.path.isdir(queue.place.file("")):
+        return "not there yet"
+    if is_locked(queue.place.file("lock")):
+        raise Failure("the database was not looked at; free its lock first")
+    store = queue.look()
+    damage = store.integrity()
     if damage:
-        raise Failure(damage)
-    return "ok"
+        raise Failure("%s is damaged: %s; stop the daemon and restore a backup, or save what is left"
+                      " with: sqlite3 %s .recover" % (store.path, ", ".join(damage), store.path))
+    return "sound, SQLite " + store.value("SELECT sqlite_version()")
 
-
-def diagnose(queue, db):
-    """What `doctor` finds: [{"check", "ok", "detail", "advice"}]. Nothing is made or changed."""
-    findings, place, holder = [], queue.place, {}
-
-    def note(check, function, *args):
+def diagnose(queue):
+    """What `doctor` finds: [{"check", "ok", "detail", "advice"}]. Nothing is made."""
+    findings = []
+    for look in (look_at_versions, look_at_folder, look_at_files, look_at_lock, look_at_daemon,
+                 look_at_database):
         try:
-            detail, ok, advice = function(*args), True, ""
+            ok, text = True, look(queue)
         except (Failure, OSError) as error:
-            ok, (detail, _, advice) = False, str(error).partition("; ")
-            advice = advice or "see %s.log" % db
-        findings.append({"check": check, "ok": ok, "detail": detail, "advice": advice})
-        return ok
-
-    note("versions", look_at_versions, sqlite_version())
-    note("queue", look_at_queue, queue)
-    folder, lock = os.path.dirname(db), db + ".lock"
-    while not place.db_given and not os.path.isdir(folder):
-        folder = os.path.dirname(folder)  # made when it is needed
-    note("directory", look_at_folder, folder)
-    note("file system", lambda: check_database(db) or mount_of(folder)[1] or "unknown")
-    note("disk", look_at_disk, folder)
-    for name in ("", "-wal", "-shm", ".lock", ".log", "-run"):
-        note("file DB" + name, look_at_file, db + name, 0o700 if name == "-run" else 0o600)
-    if os.path.isfile(lock):
-        with suppress(OSError), open(lock, "rb") as file:
-            holder = unpad(file.read(LOCK_BYTES))
-    served = note("lock", look_at_lock, lock, holder) and is_locked(lock)
-    path = os_path(served and holder.get("socket") or "")
-    note("socket", look_at_socket, path or place.socket, place.socket_given, path)
-    note("daemon", look_at_daemon, db, path)
-    found = inspect(db)
-    note("schema", look_at_schema, db, holder.get("identity"), *found)
-    note("integrity", look_at_integrity, found[-1])
+            ok, text = False, str(error)
+        detail, _, advice = text.partition("; ")
+        findings.append({"check": look.__name__[8:], "ok": ok, "detail": detail, "advice": advice})
     return findings
 
-
 # ---- Output -------------------------------------------------------------------------------------
-# What users see: results on stdout, as JSON or in the form that a monitoring system, systemd or a
-# shell wants; the rest is for people, on stderr.
+# What users see: results on stdout, as JSON, or as tables where that is a terminal; the rest is for
+# people, on stderr.
+
+CALL = ["queuectl"]  # the words that call this program for this queue, see `call_as`
+
+def call_as(script, db):
+    """Have commands named as this one was called, for the queue `db` if that was given."""
+    CALL[:] = ["python3"] * script.endswith(".py") + [script] + ["--db", db] * bool(db)
+
+def called():
+    """How this program is called, as it can be pasted."""
+    return " ".join(map(shell_quote, CALL))
+
+def pasted(line):
+    """`line` with the commands that it names after a colon as they can be pasted."""
+    return re.sub(r"(?<=: )queuectl(?= [a-z-])", lambda _: called(), line)
+
+def write_out(stream, text):
+    """Write for whoever still listens: a dead end is led to /dev/null."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+def tell(line, stream=None):
+    """For people: a full disk or a closed pipe there is no reason to fail."""
+    write_out(stream or sys.stderr, safe(pasted(line)) + "\n")
+
+def announce(line):
+    """The daemon's ready line; whoever started it may have closed its end."""
+    tell(line, sys.stdout)
+
+def print_text(text):
+    """Write a line and flush, so that a full disk or a closed pipe shows here."""
+    print(text, flush=True)
+
+def print_compact(value):
+    print_text(compact(value))
 
 def indented(value):
     return json.dumps(value, indent=2, default=repr)
 
-
-def json_lines(rows, _columns):
+def json_list(rows):
     """A list as indented JSON, piece by piece: it may be a long one."""
     start = "[\n  "
     for row in rows:
@@ -4689,136 +3067,90 @@ def json_lines(rows, _columns):
         start = ",\n  "
     yield "[]\n" if start[0] == "[" else "\n]\n"
 
-
-def jsonl_lines(rows, _columns):
-    """An object a line."""
-    for row in rows:
-        yield compact(row) + "\n"
-
-
-def table_lines(rows, columns):
-    """A table for people. Its columns are as wide as the first rows need; on a terminal no line
-    is wider than that."""
+def screen():
+    """(columns, lines) of the terminal."""
     import shutil
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    table = (["-" if row[column] is None else safe(str(row[column])) for column in columns]
-             for row in rows)
-    first = [[column.upper() for column in columns], *itertools.islice(table, PAGE_JOBS)]
-    widths = [max(map(len, cells)) for cells in zip(*first)]
-    for cells in itertools.chain(first, table):
-        yield "  ".join(map(str.ljust, cells, widths)).rstrip()[:width] + "\n"
+    return shutil.get_terminal_size()
 
+def table(rows, columns):
+    """Lines of a table of dicts: the widest columns give way until it fits the terminal."""
+    cells = [[column.upper() for column in columns]] + [
+        ["-" if row[column] is None else safe(str(row[column])) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    while sum(widths) + 2 * len(widths) - 2 > screen()[0] and max(widths) > 4:
+        widths[widths.index(max(widths))] -= 1
+    for row in cells:
+        yield "  ".join((cell if len(cell) <= width else cell[:width - 1] + "…").ljust(width)
+                        for cell, width in zip(row, widths)).rstrip()
 
-FORMATS = {"json": json_lines, "jsonl": jsonl_lines, "table": table_lines}
-JOB_COLUMNS = ("id", "state", "priority", "attempts", "updated_at", "error", "command")
+def pairs(value):
+    """Lines of `name  value` for an object, without what is empty."""
+    width = max(map(len, value))
+    return ["%-*s  %s" % (width, name, safe(one if isinstance(one, str) else compact(one)))
+            for name, one in value.items() if one not in (None, {}, [])]
 
+def age(stamp, now):
+    """How long ago an ISO time was."""
+    return stamp and lapse(max(now - parse_date(stamp), 0) // 1000 * 1000)
 
-def lapse(seconds):
-    """A duration in two units at most: 45s, 3m20s, 5h12m, 2d4h."""
-    seconds = int(seconds)
-    for unit, size, small, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60),
-                                    ("m", 60, "s", 1)):
-        if seconds >= size:
-            return "%d%s%d%s" % (seconds // size, unit, seconds % size // part, small)
-    return "%ds" % seconds
-
+def job_rows(jobs, now):
+    """Jobs, as `public` has them, with what a table of them shows besides."""
+    return [dict(job, age=age(job["updated_at"], now), tries="%(attempts)s/%(max_retries)s" % job)
+            for job in jobs]
 
 def bar(done, total, failed, seconds):
-    """How far it is: done of total, rate, time left, failures so far."""
-    rate = done / seconds if seconds > 0 else 0.0
-    filled = 20 * done // total if total else 20
-    left = " %s left" % lapse((total - done) / rate) if rate and total > done else ""
-    return "[%s%s] %d/%d  %.1f/s%s%s" % ("#" * filled, "." * (20 - filled), done, total, rate, left,
-                                         "  %d failed" % failed if failed else "")
+    """How far it is: done of total, failures so far, time left."""
+    return "[%-20s] %d of %d, %d failed%s" % ("#" * (20 * done // (total or 1)), done, total, failed,
+        ", %s left" % lapse(int(seconds * (total - done) / done) * 1000) if done else "")
 
-
-def can_draw():
-    """Whether stderr is a terminal that a line can be drawn anew on."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
-def coloured(text, colour):
-    """`text` in an ANSI colour, if stderr is a terminal that should have one."""
-    if not can_draw() or os.environ.get("NO_COLOR"):
-        return text
-    return "\x1b[%dm%s\x1b[0m" % (colour, text)
-
-
-def watch_lines(told, rate):
-    """What `status --watch` shows of a full status: states, workers, the last deaths."""
-    counts = told["jobs"]
-    shades = {"processing": 36, "completed": 32, "failed": 33, "dead": 31}
-    yield "  ".join(coloured("%s %d" % (state, counts[state]), shades.get(state, 0))
-                    if counts[state] else "%s 0" % state for state in STATES)
-    yield "%s, %.1f jobs/s%s" % (
-        plural(told["workers"], "worker"), rate,
-        ", PAUSED %s" % safe(told["paused"]) if "paused" in told else "")
-    now = parse_date(told["now"])
-    for worker in told["running"]:
-        if worker["job"]:
-            yield "  %-7s %-9s %-6s %s" % (
-                worker["pid"] or "-", worker["state"],
-                lapse((now - parse_date(worker["since"])) / 1000), safe(worker["job"]))
-    for job in told["deaths"]:
-        yield coloured("  dead %s ago: %s, %s" % (
-            lapse((now - parse_date(job["finished_at"])) / 1000), safe(job["id"]),
-            safe(job["error"] or "")), 31)
-
+def frame(store, now):
+    """Lines of what `status --watch` shows: states, workers, running jobs, retries, deaths."""
+    workers = workers_of(store, now)
+    yield "  ".join("%s %d" % item for item in store.counts().items())
+    yield "%s, %.1f jobs/s" % (plural(len(workers), "worker"), store.rate(now)) + (
+        "" if store.paused is None else ", PAUSED: " + safe(store.paused))
+    lines = [("runs %6s" % age(worker["since"], now), store.job(worker["job"]), "command")
+             for worker in workers]
+    lines += [("next in " + lapse(max(job.due - now, 1000)), job, "error")
+              for job in store.next_retries(5)]
+    lines += [("died %s ago" % age(job.finished_at, now), job, "error") for job in store.last_deaths(5)]
+    for what, job, field in lines:
+        if job:
+            yield safe("  %s  %s  %s" % (what, job.id, getattr(job, field) or ""))
 
 EXPOSITION = """\
-jobs gauge jobs Jobs in the queue, by state.
-jobs_enqueued_total counter jobs_enqueued Jobs stored so far.
-jobs_completed_total counter jobs_completed Jobs that completed so far.
-jobs_dead_total counter jobs_died Jobs that became dead so far.
-attempts_failed_total counter failed_attempts Attempts that failed so far.
-commands_total counter commands_recorded Requests that daemons served so far.
-job_duration_seconds summary total_runtime,jobs_completed Run time of completed jobs.
-workers gauge workers_running Workers that run.
-daemon_uptime_seconds gauge uptime_s Seconds since the daemon started, 0 without one.
-database_bytes gauge database_bytes Size of the database and its write-ahead log."""
-
+jobs gauge Jobs in the queue, by state.
+queuectl_jobs{state="pending"} %(pending)d
+queuectl_jobs{state="processing"} %(processing)d
+queuectl_jobs{state="completed"} %(completed)d
+queuectl_jobs{state="failed"} %(failed)d
+queuectl_jobs{state="dead"} %(dead)d
+queuectl_jobs{state="cancelled"} %(cancelled)d
+jobs_enqueued_total counter Jobs stored so far.
+queuectl_jobs_enqueued_total %(jobs_enqueued)d
+jobs_completed_total counter Jobs that completed so far.
+queuectl_jobs_completed_total %(jobs_completed)d
+jobs_dead_total counter Jobs that became dead so far.
+queuectl_jobs_dead_total %(jobs_died)d
+attempts_failed_total counter Attempts that failed so far.
+queuectl_attempts_failed_total %(failed_attempts)d
+commands_total counter Changes made since a daemon first started.
+queuectl_commands_total %(total_commands)d
+job_duration_seconds summary Run time of completed jobs.
+queuectl_job_duration_seconds_sum %(total_runtime)s
+queuectl_job_duration_seconds_count %(jobs_completed)d
+workers gauge Workers that run.
+queuectl_workers %(workers_running)d
+daemon_uptime_seconds gauge Seconds since the daemon started, 0 without one.
+queuectl_daemon_uptime_seconds %(uptime_s)d
+database_bytes gauge Size of the database.
+queuectl_database_bytes %(database_bytes)d"""
 
 def exposition(metrics):
-    """What `metrics` answers as Prometheus's text format; each row of EXPOSITION is the name, the
-    type, the keys, the help."""
-    lines = []
-    for row in EXPOSITION.splitlines():
-        name, kind, keys, about = row.split(" ", 3)
-        name, values = "queuectl_" + name, [metrics[key] for key in keys.split(",")]
-        lines += ["# HELP %s %s" % (name, about), "# TYPE %s %s" % (name, kind)]
-        if keys == "jobs":
-            samples = [('{state="%s"}' % state, count) for state, count in values[0].items()]
-        else:
-            samples = zip(("_sum", "_count") if kind == "summary" else ("",), values)
-        lines += ["%s%s %s" % (name, suffix, value) for suffix, value in samples]
-    return "\n".join(lines)
-
-
-def judge(found, limits, prefix=None):
-    """(exit status, line) as monitoring plugins have them, from what `check` found and the highest
-    values allowed, None for any."""
-    critical, warnings, data = [], [], []
-    daemon, paused = found.pop("daemon"), found.pop("paused", None)
-    names = {"ended": "time since a job %s... completed" % safe(prefix or "").replace("|", "/")}
-    for name, value in found.items():
-        unit, limit = "s" if name in ("age", "ended") else "", limits.get(name)
-        shown = "unknown" if value is None else "%d%s" % (value, unit)
-        data.append("%s=%s;;%s;0" % (name, "U" if value is None else shown,
-                                     "" if limit is None else limit))
-        if limit is not None and (value is None or value > limit):
-            critical.append("%s is %s, over %d%s" % (names.get(name, name), shown, limit, unit))
-    waiting = found["pending"] + found["failed"]
-    if waiting + found["processing"] and not daemon:
-        warnings.append("no daemon runs")
-    elif waiting and not found["workers"]:
-        warnings.append("no worker runs")
-    if paused is not None:
-        warnings.append("paused")
-    status = 2 if critical else int(bool(warnings))
-    jobs = "%s waiting, %d dead" % (plural(waiting, "job"), found["dead"])
-    return status, "%s - %s | %s" % (("OK", "WARNING", "CRITICAL")[status],
-                                     ", ".join(critical + warnings + [jobs]), " ".join(data))
-
+    """Prometheus's text format of what `metrics_of` tells; in EXPOSITION each metric begins with its
+    name, type and help."""
+    text = re.sub(r"(?m)^(\w+) (\w+) (.*)", r"# HELP queuectl_\1 \3\n# TYPE queuectl_\1 \2", EXPOSITION)
+    return text % dict(dict.fromkeys(STATES, 0), **metrics["jobs"], **metrics)
 
 # grace is shorter than TimeoutStopSec, so that no job is left behind. OOMPolicy: a job that takes
 # all the memory must not end the others.
@@ -4840,1141 +3172,829 @@ OOMPolicy=continue
 [Install]
 WantedBy=%(target)s"""
 
-
-def unit_word(text, variables=True):
-    """`text` as one word of a unit; `variables`: where systemd replaces $NAME."""
-    text = text.replace("%", "%%").replace("$", "$$" if variables else "$")
-    if re.fullmatch(r"[\w./:@%$+=,-]+", text, re.ASCII):
-        return text
-    return '"%s"' % safe(text.replace("\\", "\\\\").replace('"', '\\"'))
-
+def unit_word(text):
+    """`text` as one word of a unit, where systemd replaces %x and $NAME."""
+    text = text.replace("%", "%%").replace("$", "$$").replace("\\", "\\\\")
+    return shell_quote(safe(text))
 
 def systemd_unit(place, user):
     """A unit for this very file, interpreter and queue; `user`: for a user's own systemd."""
-    name = ""
-    if os.geteuid() and not user:
-        import pwd
-        name = "User=%s\n" % pwd.getpwuid(os.geteuid()).pw_name
-    program = unit_word(sys.executable or "/usr/bin/python3", variables=False)
-    return UNIT % {
-        "folder": unit_word(os.path.dirname(place.db), variables=False), "user": name,
-        "command": " ".join([program] + [unit_word(word) for word in call_of(place)]),
+    import pwd
+    return UNIT % {"folder": unit_word(os.path.dirname(place.db)),
+        "command": " ".join(map(unit_word, call_words(place, os.path.abspath(sys.argv[0])))),
+        "user": "" if user else "User=%s\n" % pwd.getpwuid(os.geteuid()).pw_name,
         "target": "default.target" if user else "multi-user.target"}
 
-
-# A completion script for each shell: the form of a word and of what it is (which bash can't show),
-# of a row of words for what was typed, and the script around the rows. All do the same: find the
-# command (`at`) and the flag before the cursor (`prev`); offer the values of that flag, else flags
-# after a -, else what follows the command, else files.
+# What makes each shell ask the program at every Tab; %s is how it is called.
 SHELLS = {
-    "bash": ("%s%.0s", "    %s) echo %s ;;", """\
-_queuectl_words() {
-    case "$1" in
-ROWS
-    *) return 1 ;;
-    esac
-}
-
+    "bash": """\
 _queuectl() {
-    local cur=${COMP_WORDS[COMP_CWORD]} at= prev= word words
-    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        [[ $word == = ]] && continue
-        [[ $prev == --db || $prev == --socket ]] && prev= && continue
-        prev=$word
-        [[ $word != -* ]] && _queuectl_words "$at${at:+ }$word" >/dev/null && at+=${at:+ }$word
-    done
-    [[ $prev == --db || $prev == --socket ]] && return
-    [[ $cur == = ]] && cur=
-    words=$(_queuectl_words "$at $prev") \\
-        || { [[ $cur == -* ]] && words=$(_queuectl_words "$at -"); } \\
-        || words=$(_queuectl_words "$at")
-    COMPREPLY=($(compgen -W "$words" -- "$cur"))
+    local IFS=$'\\n'
+    COMPREPLY=($(%s completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
 }
-
-complete -o default -F _queuectl queuectl queuectl.py"""),
-    "zsh": ("%s:%s", "    %s) reply=(%s) ;;", """\
+complete -o default -F _queuectl queuectl queuectl.py""",
+    "zsh": """\
 #compdef queuectl queuectl.py
-_queuectl_words() {
-    case "$1" in
-ROWS
-    *) return 1 ;;
-    esac
-}
-
 _queuectl() {
-    local at= prev= word cur=$words[CURRENT]
-    local -a reply
-    for word in "${(@)words[2,CURRENT-1]}"; do
-        [[ $prev == --db || $prev == --socket ]] && prev= && continue
-        prev=$word
-        [[ $word != -* ]] && _queuectl_words "$at${at:+ }$word" && at+=${at:+ }$word
-    done
-    [[ $cur == --*=* ]] && prev=${cur%%=*} && compset -P "*="
-    [[ $prev == --db || $prev == --socket ]] && _files && return
-    reply=()
-    _queuectl_words "$at $prev" || { [[ $cur == -* ]] && _queuectl_words "$at -" } \\
-        || _queuectl_words "$at"
-    (( $#reply )) && _describe queuectl reply || _files
+    local -a words_; words_=(${(f)"$(%s completion zsh -- "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    (( $#words_ )) && compadd -- $words_ || _files
 }
-
 if [[ $zsh_eval_context[-1] == loadautofunc ]]; then _queuectl "$@"
-else compdef _queuectl queuectl queuectl.py; fi"""),
-    "fish": ("%s\t%s", "    case %s\n        string join \\n -- %s", """\
-function __queuectl_words
-    switch "$argv[1]"
-ROWS
-    case '*'
-        return 1
-    end
-    return 0
-end
-
+else compdef _queuectl queuectl queuectl.py; fi""",
+    "fish": """\
 function __queuectl
-    set -l at ''
-    set -l prev ''
-    set -l words (commandline -opc)
-    set -l cur (commandline -ct)
-    set -e words[1]
-    for word in $words
-        if contains -- $prev --db --socket
-            set prev ''
-            continue
-        end
-        set prev $word
-        set -l next (string trim -- "$at $word")
-        if not string match -q -- '-*' $word; and __queuectl_words $next >/dev/null
-            set at $next
-        end
-    end
-    set -l head (string match -r -- '^--[^=]+=' $cur)
-    and set prev (string replace = '' -- $head)
-    or set head ''
-    set words
-    if not contains -- $prev --db --socket
-        set words (__queuectl_words "$at $prev")
-        or begin
-            string match -q -- '-*' $cur
-            and set words (__queuectl_words "$at -")
-        end
-        or set words (__queuectl_words $at)
-    end
-    string join \\n -- $head$words
-    or set -q words[1]
-    or __fish_complete_path $cur
+    set -l words (commandline -opc) (commandline -ct)
+    %s completion fish -- $words[2..-1] 2>/dev/null
+    or __fish_complete_path (commandline -ct)
 end
-
 complete -c queuectl -f -a '(__queuectl)'
-complete -c queuectl.py -f -a '(__queuectl)'"""),
-}
-
-
-def completion_script(shell, table):
-    """The script for `shell`; table: {what was typed: [(word, what it is)]}."""
-    form, row, script = SHELLS[shell]
-    rows = [row % (shell_quote(typed), " ".join(
-        shell_quote(form % (word, about) if about else word) for word, about in words))
-            for typed, words in sorted(table.items())]
-    return script.replace("ROWS", "\n".join(rows), 1)
-
-
-def print_text(text):
-    """Write a line and flush, so that a full disk or a closed pipe shows here."""
-    print(text, flush=True)
-
-
-def print_compact(value):
-    """As JSON in one line."""
-    print_text(compact(value))
-
-
-def print_indented(value):
-    print_text(indented(value))
-
-
-def tell(line):
-    """For people: a full disk or a closed pipe there is no reason to fail."""
-    utter(sys.stderr, safe(line) + "\n", 2)
-
-
-def clipped(line, width):
-    """`line` cut to `width` characters, not counting colours."""
-    shown, count = "", 0
-    for part in re.split("(\x1b\\[[0-9]+m)", line):
-        if not part.startswith("\x1b"):
-            part = part[:width - count]
-            count += len(part)
-        shown += part
-    return shown
-
+complete -c queuectl.py -f -a '(__queuectl)'"""}
 
 class Drawing:
-    """Lines on stderr that are drawn anew in place; nothing where it can't be."""
+    """Lines on a terminal that are drawn anew in place; nothing where it can't be."""
 
-    def __init__(self):
-        self.able = can_draw()
+    def __init__(self, stream):
+        self.stream = stream
+        self.able = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.height = 0
 
     def show(self, lines):
-        if not self.able:
-            return
-        import shutil
-        width, most = shutil.get_terminal_size()
-        lines = [clipped(line, width - 1) for line in list(lines)[:max(most - 1, 1)]]
-        up = "\r\x1b[%dA" % (self.height - 1) if self.height > 1 else "\r"
-        sys.stderr.write(up * (self.height > 0) + "\x1b[J" + "\n".join(lines))
-        sys.stderr.flush()
-        self.height = len(lines)
+        if self.able:
+            width, most = screen()
+            lines = [line[:width - 1] for line in list(lines)[:most - 1]]
+            up = "\r" + "\x1b[A" * (self.height - 1)
+            write_out(self.stream, up + "\x1b[J" + "\n".join(lines))
+            self.height = len(lines)
 
     def close(self):
         """Leave what stands there, and go on below."""
         if self.height:
-            tell("")
-            self.height = 0
-
+            write_out(self.stream, "\n")
 
 # ---- Commands -----------------------------------------------------------------------------------
 # One function a command, its arguments above it, its help and then its examples in its docstring.
 # Glue only.
 
-COMMANDS = {}  # "dlq retry" -> (function, arguments)
+COMMANDS = {}  # "dlq retry" -> (function, the text of its arguments)
 
-
-def arg(names, about=None, **options):
-    """An argument's names, and what argparse is told of it."""
-    return names.split(), dict(options, help=about)
-
-
-def subcommand(name, *arguments):
+def subcommand(arguments=""):
+    """Register a command, cmd_dlq_retry as `dlq retry`; `arguments`: a line each, FLAGS METAVAR about,
+    with METAVAR - for a flag without a value (see CHECKS and OPTIONS); a positional one has its name in
+    place of flags."""
     def register(function):
-        COMMANDS[name] = (function, arguments)
+        COMMANDS[function.__name__[4:].replace("_", " ")] = function, arguments
         return function
     return register
 
+def pair(text):
+    """[name, value] of NAME=VALUE."""
+    if "=" not in text:
+        raise ValueError("must be NAME=VALUE")
+    return text.split("=", 1)
 
-def flag_type(check):
-    """The type of an argparse argument: what `check` makes of its text."""
-    def convert(text):
-        try:
-            return check(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError("%s %s" % (text, error))
-    return convert
+CHECKS = {  # metavar -> what reads its text
+    "N": number_from(0, 10 ** 9),
+    "COUNT": as_count,
+    "PRIORITY": number_from(-1000, 1000),
+    "DUR": as_ms,
+    "AGE": lambda text: iso(now_ms() - as_ms(text)),
+    "DELAY": lambda text: iso(now_ms() + as_ms(text)),
+    "TIME": lambda text: iso(next_time(text, now_ms())),
+    "DIR": lambda text: utf8(os.path.abspath(os_path(text))),
+    "K=V": pair,
+}
+OPTIONS = {  # metavar -> what else argparse is told
+    "-": {"action": "store_true"},
+    "[JOB]": {"nargs": "?"},
+    "[ID...]": {"nargs": "*"},
+    "DELAY": {"dest": "run_after"},
+    "TIME": {"dest": "run_after"},
+    "K=V": {"action": "append"},
+    "STATE": {"action": "append", "choices": STATES},
+    "SHELL": {"choices": SHELLS},
+    "FORMAT": {"choices": ["prometheus"]},
+}
+GLOBAL = """
+    --db PATH      the queue's database (else DB_PATH)
+    --socket PATH  the daemon's socket (else SOCKET_PATH)
+    --json -       JSON on a terminal too
+    --table -      a table in a pipe too"""
+QUIET = """
+    -q --quiet -   print ids only"""
+JOB = """
+    --id ID              default: made of the time
+    --priority PRIORITY  -1000 to 1000, higher first
+    --delay DELAY        not before so long from now: 90s, 5m
+    --at TIME            not before, local time: 03:00, '2026-12-01 10:00'
+    --timeout DUR        longest run of an attempt; a command has none unless given
+    --max-retries N      attempts in all
+    --cwd DIR            where it runs (default: here)
+    --env K=V            added to its environment; may be repeated
+    --clean-env -        without the environment of its caller
+    --unique KEY         store nothing while an unfinished job has this key"""
+LISTED = """
+    --state STATE  only those; may be repeated"""
+CHOSEN = """
+    ids [ID...]""" + LISTED + """
+    --all -        all that can be"""
 
+def read_argument(metavar, text):
+    """The value that an argument's text stands for."""
+    try:
+        return CHECKS.get(metavar, str)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("%s %s" % (text, error))
 
-switch = functools.partial(arg, action="store_true")
-duration_arg = functools.partial(arg, type=flag_type(as_ms), metavar="DUR")
-count_arg = functools.partial(arg, type=flag_type(as_count), metavar="N")
-number_arg = functools.partial(arg, metavar="N", type=flag_type(number_from(0, 10 ** 9)))
+def print_reply(message, **more):
+    print_compact(reply(message, **more))
 
+def act_on(queue, args, states, done, name):
+    """Have the change `name` made to the jobs that are meant, all at once those that were named, others
+    some at a time; their ids."""
+    if bool(args.ids) + bool(args.state) + args.all != 1:
+        raise Usage("name the jobs, or select them by --all or another flag; see: queuectl %s --help"
+                    % name)
+    store, refused = queue.look(), []
+    ids = [full_id(store, given) for given in args.ids] or [
+        job.id for job in store.jobs(store.select(args.state or states, before=args.older_than))]
+    step = len(args.ids) or STEP
+    for at in range(0, len(ids), step):
+        answer = queue.change(name, ids=ids[at:at + step], skip=not args.ids)
+        refused += answer["refused"]
+    done = (answer["message"] if args.ids else "%s %s" % (plural(len(ids) - len(refused), "job"), done))
+    if refused:
+        raise Failure("%s, %d refused; the first: %s" % (done, len(refused), refused[0]))
+    print_reply(done)
+    return ids
 
-# The one place of each grammar: a job's flags, which jobs are meant, how a list is shown.
-WHAT = arg("job", "JSON, - for a job a line from stdin, or a command (one argument: a shell line)",
-           nargs="?", metavar="JOB, or -- CMD ARG ...")
-LINE = arg("job", "one argument alone is a shell line", nargs="?", metavar="-- CMD ARG ...")
-JOB_FLAGS = (
-    arg("--id", "default: made of the time"),
-    arg("--priority", "-1000 to 1000, higher first", type=int, metavar="N"),
-    duration_arg("--delay", "not before so long from now: 90s, 5m"),
-    arg("--at", "not before: 2026-01-15T10:30:00Z", dest="run_after", type=flag_type(as_date),
-        metavar="TIME"),
-    duration_arg("--timeout", "longest run of an attempt, 0s: none"),
-    arg("--max-retries", "attempts in all", type=int, metavar="N"),
-    arg("--cwd", "where it runs (default: here)", metavar="DIR",
-        type=lambda text: utf8(os.path.abspath(os_path(text)))),
-    arg("--env", "added to its environment", action="append", nargs="+", metavar="K=V"),
-    arg("--unique", "store nothing while an unfinished job has this key", metavar="KEY"))
-QUIET = switch("-q --quiet", "print ids only")
-LISTING = (
-    arg("--format", "default: json", choices=tuple(FORMATS), default="json"),
-    arg("--json", "--format json", dest="format", action="store_const", const="json"), QUIET)
-KEY = arg("key", ", ".join(SETTINGS))
-DRY_RUN = switch("--dry-run", "only say how many it would be")
-
-
-def selection(states):
-    return (arg("ids", nargs="*", metavar="ID"),
-            arg("--state", "all that are " + ", ".join(states), choices=states, metavar="S"),
-            switch("--all", "all that can be"))
-
-
-def each_answer(queue, args, states, command, option=None, **more):
-    """The answers to an operation on the selected jobs: one for ids, else one a page."""
-    given = bool(args.ids) + bool(args.state) + args.all
-    if given > 1:
-        raise Usage("give ids, or --state S, or --all")
-    if not given:
-        raise Usage("name the jobs, or give --all" + " or --state S" * (len(states) > 1))
-    upto = None
-    for state in states if args.all else (args.state,):
-        after = 0
-        while after is not None:
-            answer = queue.call(command, option, ids=args.ids, state=state, after=after, upto=upto,
-                                **more)
-            yield answer
-            after, upto = answer["next"], answer.get("upto")
-
+def print_value(args, value, lines=()):
+    """An object as JSON, or `lines`, else its pairs, for people."""
+    print_text("\n".join(lines or pairs(value)) if args.table else indented(value))
 
 def print_rows(args, rows, columns):
-    """A list as the flags of LISTING want it; its first column is the id."""
-    lines = FORMATS[args.format](rows, columns)
-    if args.quiet:
-        lines = ("%s\n" % row[columns[0]] for row in rows)
-    sys.stdout.writelines(lines)
+    """A list of dicts as JSON, the first column alone with -q, or a table for people."""
+    sys.stdout.writelines(("%s\n" % row[columns[0]] for row in rows) if args.quiet else
+        (line + "\n" for line in table(rows, columns)) if args.table else json_list(rows))
     sys.stdout.flush()
 
-
-def command_line(argv):
-    """The command for an argv; one argument alone is a shell line."""
-    return argv[0] if len(argv) == 1 else " ".join(map(shell_quote, argv))
-
-
-def job_fields(args):
-    """What the command line says of a job."""
-    fields = {name: value for name, value in vars(args).items()
-              if name in FIELDS and value is not None}
-    if args.argv is not None:
-        if args.job is not None or not args.argv:
-            raise Usage("one command is needed, after --, like: -- make -j4")
-        fields["command"] = command_line(args.argv)
-    if args.env:
-        pairs = [pair.partition("=") for pairs in args.env for pair in pairs]
-        for name, equals, _ in pairs:
-            if not equals:
-                raise Usage("--env takes NAME=VALUE, not %s" % name)
-        fields["env"] = {name: value for name, _, value in pairs}
-    if args.delay is not None:
-        if args.run_after is not None:
-            raise Usage("--delay and --at can't both be given")
-        fields["run_after"] = iso(now_ms() + args.delay)
-    return fields
-
-
-def is_held(answer):
-    """Whether an enqueue was answered with the job that holds its unique key."""
-    return answer["message"] == "Job already queued"
-
-
-def warn(answer):
-    """Say what keeps a new job from running."""
-    if "paused" in answer:
-        tell("the queue is paused%s; nothing starts until: resume"
-             % (answer["paused"] and " (%s)" % answer["paused"]))
-    elif answer.get("workers") == 0:
-        tell("no worker runs; start one with: worker start")
-
-
-class Wait:
-    """Sleeps between two looks of a command that watches, at first but briefly. What is waited for
-    is told after a second, and when it has become another."""
-
-    def __init__(self):
-        self.pause_s = 0.01
-        self.hint_at = monotonic() + 1
-        self.told = None
-
-    def __call__(self, what=None):
-        if what and what != self.told and monotonic() > self.hint_at:
-            tell("waiting for %s" % what)
-            self.told = what
-        time.sleep(self.pause_s)
-        self.pause_s = min(self.pause_s * 1.3, POLL_S)
-
-
-@contextmanager
-def watching():
-    """Ctrl-C ends the watching, never the job."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped watching; the jobs go on")
-
+def caller_environment():
+    """The environment that a command line's job runs in: all but what belongs to the terminal, the
+    session, a service, or a job that we run in."""
+    return {utf8(name): utf8(text) for name, text in os.environ.items() if not re.fullmatch(
+        "TERM|DISPLAY|SSH_.*|XDG_SESSION_.*|_|SHLVL|PWD|OLDPWD|LISTEN_.*|WATCHDOG_.*|NOTIFY_SOCKET"
+        "|INVOCATION_ID|JOURNAL_STREAM|QUEUECTL_RUN", name)}
 
 def working_directory():
     """The directory a job runs in unless it says so itself."""
-    try:
+    with suppress(OSError):
         path = utf8(os.getcwd())
-        path.encode()
-        return path
-    except (OSError, UnicodeEncodeError):
-        return None
+        return path if is_text(path) else None
 
+def job_fields(args):
+    """What the command line says of a job."""
+    if bool(args.job) == bool(args.argv):
+        raise Usage("one job is needed: a command after --, like: -- make -j4 (or JSON: enqueue)")
+    fields = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
+    if args.argv:
+        fields["command"] = (args.argv[0] if len(args.argv) == 1
+                             else " ".join(map(shell_quote, args.argv)))
+        fields.setdefault("timeout", 0)
+    if args.env:
+        fields["env"] = dict(args.env)
+    return fields
 
-def batches(stream):
-    """Lists of (line number, bytes), each as large as one request may be; blank lines left out."""
-    lines, size = [], 0
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        if lines and (len(lines) == BATCH_JOBS or size + len(line) > BATCH_BYTES):
-            yield lines
-            lines, size = [], 0
-        lines.append((number, line))
-        size += len(line)
-    if lines:
-        yield lines
-
-
-def read_job(text, fields, what="the job"):
+def read_job(text, fields):
     """The job that a JSON text is; `fields`, what the flags say, win."""
-    job = decode_json(text, what)
-    if not isinstance(job, dict):
-        raise Failure(NO_JOB)
-    return dict(job, **fields)
+    job = decode_json(text, "the job")
+    return dict(job, **fields) if isinstance(job, dict) else job
 
+def warn(answer):
+    """Say what keeps a new job from running."""
+    if answer.get("paused"):
+        tell("the queue is paused (%s); nothing starts until: queuectl resume" % answer["paused"])
+    elif answer.get("workers") == 0:
+        tell("no worker runs; start one with: queuectl worker start")
 
-def enqueue_batch(queue, lines, fields, ids, last):
-    """The answer to the jobs that these lines are; a Failure names the one that is wrong, and
-    `last`, up to which those before are stored."""
-    jobs = []
-    try:
-        for _, line in lines:
-            jobs.append(read_job(line, fields, "it"))
-        return queue.call("enqueue", "batch", jobs=jobs, cwd=working_directory(), ids=ids)
-    except Failure as error:
-        wrong = len(jobs) if len(jobs) < len(lines) else error.details.get("index", 0)
-        raise Failure("line %d: %s; %s" % (
-            lines[wrong][0], error,
-            "lines 1 to %d are stored" % last if last else "nothing is stored"))
+def store_one(queue, args, job):
+    """The answer to the job that a command line makes."""
+    environ = caller_environment() if args.argv and not args.clean_env else None
+    return queue.change("enqueue", job=job, cwd=working_directory(), environ=environ)
 
+def jobs_from(lines):
+    """(which batch, which line, JSON bytes) of each job of a binary stream of JSON Lines, or of one
+    array. A batch is as large as one request may be."""
+    count = size = 0
+    if lines.peek(1)[:1] == b"[":
+        jobs = decode_json(lines.read(), "the array")
+        lines = (compact(job).encode() for job in jobs)
+    for number, text in enumerate(lines, 1):
+        if text.strip():
+            yield (count // BATCH_JOBS, size // BATCH_BYTES), number, text
+            count += 1
+            size += len(text)
 
-def enqueue_lines(queue, args, fields):
-    """JSON Lines from stdin, in batches that are each stored whole or not at all; what `fields`
-    holds is the same for all."""
+def enqueue_all(queue, args, fields):
+    """Store the jobs from stdin, in batches that are each stored whole or not at all."""
     stored = held = last = 0
-    progress, answer = Drawing(), {}
-    if sys.stdin is None:
-        raise Failure("there is nothing to read: stdin is closed")
-    for lines in batches(sys.stdin.buffer):
-        answer = enqueue_batch(queue, lines, fields, args.quiet, last)
-        last = lines[-1][0]
-        count = int(answer["message"].split()[1])  # as a daemon of any version tells it
-        stored, held = stored + count, held + len(lines) - count
-        if args.quiet:
-            print_text("\n".join(answer["ids"]))
-        progress.show(["%d stored" % stored])
+    numbers, answer, progress = [1], {}, Drawing(sys.stderr)
+    try:
+        for _, batch in itertools.groupby(jobs_from(open(0, "rb")), lambda row: row[0]):
+            numbers, jobs = [], []
+            for _, number, text in batch:
+                numbers.append(number)
+                jobs.append(read_job(text, fields))
+            answer = queue.change("enqueue batch", jobs=jobs, cwd=working_directory())
+            last = number
+            stored += answer["count"]
+            held += len(jobs) - answer["count"]
+            if args.quiet:
+                print_text("\n".join(answer["ids"]))
+            progress.show(["%d stored" % stored])
+    except Failure as error:
+        raise Failure("line %d: %s; %s" % (numbers[error.details.get("index", -1)], error,
+            "lines 1 to %d are stored" % last if last else "nothing is stored"))
     progress.close()
     warn(answer)
     if not args.quiet:
-        print_compact(reply("Enqueued %s" % plural(stored, "job"), already_queued=held))
+        print_reply("Enqueued %s" % plural(stored, "job"), already_queued=held)
 
-
-@subcommand("enqueue", WHAT, *JOB_FLAGS, QUIET)
+@subcommand("""
+    job [JOB]            JSON, - for JSON Lines or an array from stdin, or a command after --"""
+            + JOB + QUIET)
 def cmd_enqueue(queue, args):
-    """Store a job. It is on disk when this returns. As JSON its fields are: command (required),
-    id, priority, run_after, timeout, max_retries, cwd, env, unique; a flag wins over a field.
+    """Store a job. It is on disk when this returns. As JSON its fields are: command (required), id,
+    priority, run_after, timeout, max_retries, cwd, env, unique; a flag wins over a field.
 
     enqueue '{"id":"hello","command":"echo Hello World"}'
     enqueue --unique backup --timeout 2h -- tar -czf /srv/a.tgz /etc
     enqueue - <jobs.jsonl"""
-    fields = job_fields(args)
+    job = job_fields(args)
     if args.job == "-":
-        enqueue_lines(queue, args, fields)
-        return
-    if args.argv is not None:
-        job = fields
-    elif args.job is None:
-        raise Usage("a job is missing: JSON, or a command after --, like: enqueue -- make -j4")
-    elif args.job[:1].isalnum() or args.job[:1] in "./":
-        raise Failure(NO_JOB + "; a command goes after --, like: enqueue -- make -j4")
-    else:
-        job = read_job(args.job, fields)
-    answer = queue.call("enqueue", job=job, cwd=working_directory())
+        return enqueue_all(queue, args, job)
+    if args.job:
+        job = read_job(args.job if "{" in args.job else "0", job)  # 0: it is told what a job is
+    answer = store_one(queue, args, job)
     warn(answer)
     if args.quiet:
         print_text(answer["id"])
         return
-    print_compact(reply(answer["message"], id=answer["id"]))
+    print_reply(answer["message"], id=answer["id"])
     tell("id: %s" % answer["id"])
-    if not is_held(answer):
+    if answer["message"] == "Job enqueued":
         tell("command: %s" % job["command"])
 
-
-def announce(line):
-    """The ready line; whoever started us may have closed its end."""
-    utter(sys.stdout, safe(line) + "\n", 1)
-
-
-@subcommand("daemon",
-            count_arg("--workers", "workers wanted from now on (default: as many as before)"),
-            duration_arg("--grace", "how long a stop waits for running jobs, like 30s (default: as"
-                                    " long as it takes)"),
-            switch("--detach", "run in the background"),
-            arg("--only", argparse.SUPPRESS))  # how `run` has its job worked without a daemon
+@subcommand("""
+    --workers N  workers wanted from now on (default: as many as before)
+    --grace DUR  how long a stop waits for running jobs, like 30s (default: as long as it takes)""")
 def cmd_daemon(queue, args):
-    """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running
-    jobs, exit; a second one stops them and gives their attempts back.
+    """Serve the queue in the foreground. SIGTERM or Ctrl-C: start nothing more, wait for running jobs,
+    exit; a second one stops them and gives their attempts back.
 
     daemon --workers 2
     daemon --workers 4 --grace 60s"""
-    place = queue.place
-    make_default_folder(place)
-    if args.detach:
-        options = [] if args.workers is None else ["--workers", str(args.workers)]
-        options += [] if args.grace is None else ["--grace", "%dms" % args.grace]
-        tell(start_in_background(place, *options))
-        return
-    if args.only is None:
-        shed_syntax_tree()
-    Daemon(place, kind="daemon" if args.only is None else "run", only=args.only,
-           workers=args.workers, grace=args.grace).run(announce)
+    Daemon(queue.given, args.workers, args.grace).run(announce)
 
+def watch(look, step=sleep):
+    """Call `look` until it returns True. Else it returns what is waited for, which is told after a
+    second, or nothing."""
+    start, told = monotonic(), None
+    for what in iter(look, True):
+        seconds = monotonic() - start
+        if what and what != told and seconds > 1:
+            tell("waiting for %s" % what)
+            told = what
+        step(min(max(seconds / 5, 0.01), POLL_S))
 
-@subcommand("daemon stop", duration_arg("--grace", "stop jobs that still run after it"))
+class Progress(Drawing):
+    """How far the queue, or the jobs `ids` of it, came since now, as a bar on a terminal; `failed`: how
+    many jobs did not complete."""
+
+    def __init__(self, queue, ids=()):
+        super().__init__(sys.stderr)
+        self.queue = queue
+        self.ids = ids
+        self.start = monotonic()
+        self.before = queue.look().totals()
+
+    def look(self):
+        """The number of jobs that have not ended."""
+        store = self.queue.look()
+        totals = store.totals()
+        done, self.failed, self.cancelled = (
+            totals[name] - self.before[name] for name in ("jobs_completed", "jobs_died", "cancelled"))
+        if self.ids:
+            totals = collections.Counter(job.state for job in store.jobs(self.ids, "id"))
+            done, self.failed = totals["completed"], totals["dead"] + totals["cancelled"]
+        left = sum(totals[state] for state in UNFINISHED)
+        ended = done + self.failed
+        self.show([bar(ended, ended + left, self.failed, monotonic() - self.start)])
+        return left
+
+@subcommand("""
+    --grace DUR  stop jobs that still run after it""")
 def cmd_daemon_stop(queue, args):
     """Stop the daemon as SIGTERM does, and wait until it is gone.
 
     daemon stop --grace 30s"""
-    lock = queue.database() + ".lock"
-    answer = queue.call("daemon", "stop", grace=args.grace)
-    started, wait = process_start(answer["pid"]), Wait()
-    while is_held_by(answer["pid"], lock):
-        wait("running jobs; Ctrl-C ends only the waiting")
-    gone_by = monotonic() + 1  # at once, but in another container that number may be anyone's
-    while started and process_start(answer["pid"]) == started and monotonic() < gone_by:
-        time.sleep(0.02)
-    print_compact(reply("Stopped daemon"))
+    daemon = queue.place.daemon()
+    if not daemon:
+        raise NoDaemon(queue.place.db)
+    if process_start(daemon["pid"]) != daemon["start"]:
+        raise Failure("the daemon, pid %d, can't be seen from here; stop it in its own container"
+                      % daemon["pid"])
+    force_at = monotonic() + (MAX_MS if args.grace is None else args.grace) / 1000.0
+    os.kill(daemon["pid"], signal.SIGTERM)
 
+    def look():
+        if process_start(daemon["pid"]) != daemon["start"]:
+            return True
+        if monotonic() >= force_at:
+            os.kill(daemon["pid"], signal.SIGTERM)
+        return "running jobs; Ctrl-C ends only the waiting"
+    watch(look)
+    print_reply("Stopped daemon")
 
-@subcommand("daemon status")
+@subcommand()
 def cmd_daemon_status(queue, args):
     """Show the daemon's pid, version, paths and workers.
 
     daemon status"""
-    print_indented(queue.call("daemon", "status")["message"])
+    print_value(args, about_daemon(queue.look(), now_ms()))
 
-
-@subcommand("worker start", count_arg("--count", "how many (default 1)", default=1))
+@subcommand("""
+    -c --count COUNT  how many (default 1)""")
 def cmd_worker_start(queue, args):
     """Add workers. Without a daemon, start one in the background with so many.
 
     worker start --count 3"""
-    for last in (False, True):
+    count, place = args.count or 1, queue.given
+    try:
+        if place.socket_given and not (place.db_given or is_served(place.socket)):
+            raise NoDaemon(place.db)
+        queue.change("worker start", count=count)
+    except NoDaemon:
         try:
-            print_compact(queue.call("worker", "start", count=args.count))
-            return
-        except Failure as error:
-            if "no_daemon" not in error.details:
+            tell(start_in_background(place, "--workers", str(count)))
+        except Failure:
+            if not place.daemon():
                 raise
-        make_default_folder(queue.place)
-        try:
-            tell(start_in_background(queue.place, "--workers", str(args.count)))
-            print_compact(reply("Started %s" % plural(args.count, "worker")))
-            return
-        except Served:
-            if last:
-                raise
+            queue.change("worker start", count=count)  # another was faster
+    print_reply("Started %s" % plural(count, "worker"))
 
-
-@subcommand("worker stop", count_arg("--count", "so many (default: all)"),
-            switch("--now", "stop their jobs, which are then run again"))
+@subcommand("""
+    -c --count COUNT  so many (default: all)
+    --now -           stop their jobs, which are then run again""")
 def cmd_worker_stop(queue, args):
     """End workers, each after its current job; they are no longer wanted.
 
     worker stop --count 1 --now"""
-    print_compact(queue.call("worker", "stop", count=args.count, now=args.now))
+    answer = queue.change("worker stop", count=args.count, at_once=args.now)
+    if answer["jobs"] and not args.now:
+        tell("%s to finish first: %s; to stop them: queuectl worker stop --now"
+             % (plural(len(answer["jobs"]), "job"), " ".join(answer["jobs"])))
+    print_reply(answer["message"])
 
-
-@subcommand("worker list", *LISTING)
+@subcommand(QUIET)
 def cmd_worker_list(queue, args):
     """Show the workers: pid, state, job, and since when.
 
-    worker list --format table
-    worker list -q"""
-    print_rows(args, queue.call("worker", "list")["message"],
-               ("pid", "state", "job", "attempt", "since"))
+    worker list"""
+    now = now_ms()
+    workers = workers_of(queue.look(), now)
+    if args.table:
+        workers = [dict(worker, since=age(worker["since"], now)) for worker in workers]
+    print_rows(args, workers, ("pid", "state", "since", "attempt", "job"))
 
-
-def statuses(queue):
-    """Full statuses, one look after the other."""
-    while True:
-        yield queue.call("status", full=True)["message"]
-
-
-def watch_status(queue):
-    """Draw the state of the queue anew whenever it changes; plain lines where it can't be drawn."""
-    drawing, samples, before = Drawing(), collections.deque(maxlen=50), None
-    drawing.able = drawing.able and sys.stdout.isatty()
-    try:
-        for told in statuses(queue):
-            samples.append((monotonic(), told["totals"]["completed"] + told["totals"]["dead"]))
-            (start, first), (end, last) = samples[0], samples[-1]
-            rate = (last - first) / (end - start) if end > start else 0.0
-            drawing.show(watch_lines(told, rate))
-            plain = " ".join("%s %d" % pair for pair in told["jobs"].items()) + (
-                " workers %d%s" % (told["workers"], " paused" * ("paused" in told)))
-            if not drawing.able and plain != before:
-                print_text(plain)
-                before = plain
-            time.sleep(POLL_S)
-    finally:
-        drawing.close()
-
-
-@subcommand("status", switch("--watch", "show it live until Ctrl-C"))
+@subcommand("""
+    --watch -  show it live until Ctrl-C, where that is a terminal""")
 def cmd_status(queue, args):
     """Show the number of jobs in each state, and of workers.
 
     status --watch"""
-    if args.watch:
-        with watching():
-            watch_status(queue)
-    print_indented(queue.call("status")["message"])
+    store, drawing = queue.look(), Drawing(sys.stdout)
+    if args.watch and drawing.able:
+        watch(lambda: drawing.show(frame(queue.look(), now_ms())))
+    print_value(args, status_of(store, now_ms()), frame(store, now_ms()))
 
-
-def job_rows(queue, state):
-    """The jobs in `state`, None: all, asked for page by page."""
-    after = 0
-    while after is not None:
-        answer = queue.call("list", state=state, after=after)
-        yield from answer["message"]
-        after = answer["next"]
-
-
-@subcommand("list", arg("--state", "only " + ", ".join(STATES), choices=STATES, metavar="S"),
-            *LISTING)
+@subcommand(LISTED + """
+    --match TEXT   in id or command
+    --limit N      the newest so many""" + QUIET)
 def cmd_list(queue, args):
     """Show jobs, oldest first.
 
-    list --state completed --format table"""
-    print_rows(args, job_rows(queue, args.state), JOB_COLUMNS)
+    list --state dead --state failed
+    list --match backup --limit 5"""
+    store = queue.look()
+    rowids = store.select(args.state or (), args.match, limit=args.limit)
+    newest = rowids[-20:] if args.table and args.limit < 0 else rowids
+    jobs = (job.public() for job in store.jobs(newest))
+    print_rows(args, job_rows(jobs, now_ms()) if args.table else jobs,
+               ("id", "state", "age", "tries", "error", "command"))
+    if len(newest) < len(rowids):
+        print_text(pasted("… and %d more; all of them: queuectl list --json"
+                          % (len(rowids) - len(newest))))
 
+@subcommand(QUIET)
+def cmd_dlq_list(queue, args):
+    """Show the dead jobs.
 
-@subcommand("show", arg("id", metavar="ID"))
+    dlq list -q"""
+    args.state = ["dead"]
+    cmd_list(queue, args)
+
+def with_ages(row):
+    """A row of dates with their ages in place of them."""
+    return {name: age(one, now_ms()) + " ago" if one and name.endswith("_at") else one
+            for name, one in row.items()}
+
+@subcommand("\nid ID")
 def cmd_show(queue, args):
     """Show a job with its attempts and what it waits for.
 
     show hello
-    show hello | grep error"""
-    print_indented(queue.call("show", id=args.id)["message"])
+    show hello --json | grep error"""
+    store = queue.look()
+    job = known_job(store, full_id(store, args.id))
+    told = dict(job.public(), waiting_for=pasted(waiting_for(store, job, now_ms())) or None)
+    history = store.attempts(job.id)
+    lines = list(pairs(with_ages(told)))
+    if history:
+        lines += ["attempts:", *table(map(with_ages, history),
+                                      ("number", "started_at", "finished_at", "error"))]
+    print_value(args, dict(told, history=history), lines)
 
+SILENT = float("inf")  # a serial that no attempt reaches
 
-def employ(queue, job_id):
-    """Have a temporary daemon work the job, unless someone else has just started one."""
-    with suppress(Served):
-        start_in_background(queue.place, "--only=" + job_id)
+class Tail:
+    """Hands on what a job writes, attempt by attempt, from the one with that `serial` on."""
 
+    def __init__(self, queue, job_id, serial=0):
+        self.queue = queue
+        self.job_id = job_id
+        self.serial = serial
+        self.offset = 0  # what is next of that attempt
 
-def hand_on(answer, offset):
-    """Write a piece of output, bytes as they are; where the next one starts."""
-    import base64
-    data = base64.b64decode(answer["message"])
-    if not data and not answer["over"]:
-        return offset
-    if answer["start"] > offset:
-        tell("%d bytes were cut here" % (answer["start"] - offset))
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
-    return answer["start"] + len(data)
+    def hand_on(self, data, start):
+        """Write a piece, bytes as they are."""
+        if start > self.offset:
+            tell("%d bytes were cut here" % (start - self.offset))
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        self.offset = start + len(data)
 
+    def look(self):
+        """Hand on all that was written until now; True at the job's end, else what it waits for."""
+        store = self.queue.look()
+        job = known_job(store, self.job_id)
+        for attempt in store.attempts(self.job_id):
+            if attempt["serial"] > self.serial:
+                self.serial = attempt["serial"]
+                self.offset = 0
+            if attempt["serial"] == self.serial:
+                self.hand_on(*output_of(store, attempt, self.offset))
+                if attempt["finished_at"]:
+                    self.serial += 1
+                    self.offset = 0
+                    failed = known_job(store, self.job_id)  # `job` may be older than the attempts
+                    if failed.state not in FINISHED:
+                        tell("attempt %d of %d failed: %s; next in %s" % (
+                            failed.attempts, failed.max_retries, attempt["error"],
+                            lapse(max((failed.due or 0) - now_ms(), 0) // 1000 * 1000 + 1000)))
+        return job.state in FINISHED or self.serial < SILENT and waiting_for(store, job, now_ms())
 
-def await_end(queue, job_id):
-    """Wait until the job has ended, and see to it that somebody works it; the last answer."""
-    wait = Wait()
-    while True:
-        answer = queue.call("logs", id=job_id, limit=0, work=True)
-        if answer["state"] in FINISHED and (answer["over"] or answer["serial"] is None):
-            return answer
-        if not answer["served"]:
-            employ(queue, job_id)
-        wait()
+def failure_of(job):
+    """The Failure for a job that did not complete, with its exit code, 125 if it has none."""
+    failure = Failure("job %s %s: %s; see: queuectl logs %s" % (
+        job.id, "died" if job.state == "dead" else "was " + job.state, job.error, job.id))
+    failure.exit_code = job.exit_code or 125
+    return failure
 
-
-def follow(queue, job_id, *, attempt=None, work=False, to_end=True):
-    """Hand on what the job writes, from its last attempt or `attempt` on, to the end of the job
-    or (not `to_end`) to what there is by now; returns the last answer. With `work` see to it that
-    somebody works the job."""
-    number, serial, offset, end = attempt, None, 0, 0
-    wait = Wait()
-    while True:
-        answer = queue.call("logs", id=job_id, attempt=number, offset=offset, work=work)
-        if answer["serial"] != serial:  # another attempt than before: from its start
-            serial, number, offset, end = answer["serial"], answer["attempt"], 0, answer["end"]
-            continue
-        before, offset = offset, hand_on(answer, offset)
-        read = answer["over"] and offset >= answer["end"]
-        ended = read if attempt else (read or serial is None) and answer["state"] in FINISHED
-        if offset > before and (to_end or offset < end):
-            wait = Wait()
-        elif read and attempt is None and answer["last"] > number:
-            number += 1
-            tell("attempt %d" % number)
-        elif ended or not to_end and (serial is None or offset >= end):
-            return answer
-        else:
-            if work and not answer["served"]:
-                employ(queue, job_id)
-            wait(answer["waiting_for"])
-
-
-@subcommand("logs", arg("id", metavar="ID"),
-            number_arg("--attempt", "that attempt (default: the last)"),
-            switch("-f --follow", "to the end of the job"))
+@subcommand("""
+    id ID
+    --attempt N    that attempt (default: the last)
+    -n --lines N   only the last so many lines
+    -f --follow -  to the end of the job""")
 def cmd_logs(queue, args):
     """Print what a job wrote, bytes as they were. -f follows it, and waits for it to start.
 
     logs hello
     logs -f hello
-    logs hello --attempt 1"""
-    with watching():
-        answer = follow(queue, args.id, attempt=args.attempt, to_end=args.follow)
-    if answer["serial"] is None:
-        raise Failure("job %s %s %s" % (args.id, (
-            "has no such attempt; see: show" if args.attempt else "never ran; see: show"
-            if answer["state"] in FINISHED else "has not run yet; follow it with: logs -f"),
-            args.id))
+    logs hello --attempt 1 -n 20"""
+    store = queue.look()
+    job_id = full_id(store, args.id)
+    found = [attempt for attempt in store.attempts(job_id)
+             if args.attempt in (None, attempt["number"])][-1:]
+    if not (found or args.follow):
+        raise Failure("job %s has no such attempt yet; to wait for it: queuectl logs -f %s"
+                      % (job_id, job_id))
+    tail = Tail(queue, job_id)
+    for attempt in found:
+        tail.serial = attempt["serial"]
+        data, start = output_of(store, attempt, 0)
+        if args.lines is not None:
+            kept = b"".join(data.splitlines(True)[-args.lines or len(data):])
+            tail.offset = start = start + len(data) - len(kept)
+            data = kept
+        tail.hand_on(data, start)
+    if args.follow:
+        watch(tail.look)
+        job = known_job(store, job_id)
+        if job.state != "completed":
+            tell(str(failure_of(job)))
 
-
-def ended_with(code, message):
-    """A Failure with that exit status."""
-    error = Failure(message)
-    error.exit_code = code
-    return error
-
-
-def failure_of(job_id, state, exit_code, error):
-    """None for a job that completed; else a Failure with its exit code, 125 if it has none."""
-    if state == "completed":
-        return None
-    return ended_with(125 if exit_code is None else exit_code, "job %s died: %s; see: logs %s" % (
-        job_id, error, job_id))
-
-
-def progress_of(queue, ids, ended):
-    """(done, total, failed, what hinders them) of these jobs, time and again; fills `ended`:
-    id -> (state, exit code, error)."""
-    asked = waiting = ids  # at first all, to see that they exist
-    while True:
-        for at in range(0, len(asked), MAX_ASKED):
-            answer = queue.call("wait", ids=asked[at:at + MAX_ASKED])
-            for job_id, *end in answer["message"]:
-                ended[job_id] = end
-        yield (len(ended), len(ids), sum(end[0] == "dead" for end in ended.values()),
-               answer["hindrance"])
-        # In turns, so that each is asked before `retention` could take it.
-        waiting = [job_id for job_id in waiting[ASKED:] + waiting[:ASKED] if job_id not in ended]
-        asked = waiting[:ASKED]
-
-
-def progress_of_all(queue):
-    """The same for whatever is queued now and later."""
-    before = None
-    for told in statuses(queue):
-        now = told["totals"]["completed"], told["totals"]["dead"]
-        before = before or now
-        done = sum(now) - sum(before)
-        yield (done, done + sum(told["jobs"][state] for state in UNFINISHED), now[1] - before[1],
-               told["hindrance"])
-
-
-def watch_progress(steps, timeout):
-    """Draw these steps until all is done; how many failed. A Failure once `timeout` ms are over."""
-    drawing, start, wait = Drawing(), monotonic(), Wait()
-    try:
-        for done, total, failed, hindrance in steps:
-            drawing.show([bar(done, total, failed, monotonic() - start)])
-            if done >= total:
-                return failed
-            if timeout is not None and monotonic() > start + timeout / 1000.0:
-                raise ended_with(124, "after %s %d of %d jobs had ended; the rest goes on" % (
-                    lapse(timeout / 1000.0), done, total))
-            wait(hindrance)
-    finally:
-        drawing.close()
-
-
-@subcommand("wait", arg("ids", "default: until the queue is empty", nargs="*", metavar="ID"),
-            duration_arg("--timeout", "give up after it, exit 124"))
+@subcommand("\nids [ID...]  default: until the queue is empty")
 def cmd_wait(queue, args):
-    """Wait until jobs have ended. One id: exits with the job's exit code (125 if it has none);
-    several, or none given: 0 all completed, 1 not.
+    """Wait until jobs have ended. One id: exits with the job's exit code (125 if it has none); several,
+    or none given: 0 all completed, 1 not. For a limit there is timeout(1).
 
     wait hello
-    wait job-1 job-2 --timeout 10m"""
-    ids, ended = list(dict.fromkeys(args.ids)), {}
-    with watching():
-        dead = watch_progress(progress_of(queue, ids, ended) if ids else progress_of_all(queue),
-                              args.timeout)
-    if dead and len(ids) == 1:
-        raise failure_of(ids[0], *ended[ids[0]])
-    if dead:
-        raise Failure("%s died; see: dlq list" % plural(dead, "job"))
-    print_compact(reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty"))
+    wait job-1 job-2 && echo both"""
+    store = queue.look()
+    ids = list({full_id(store, given) for given in args.ids})
+    progress = Progress(queue, ids)
+    watch(lambda: progress.look() == 0 or hindrance(store))
+    progress.close()
+    if len(ids) == 1 == progress.failed:
+        raise failure_of(known_job(store, ids[0]))
+    if progress.failed or not ids and progress.cancelled > 0:
+        raise Failure("not all completed; see: queuectl list --state dead --state cancelled")
+    print_reply("%s completed" % plural(len(ids), "job") if ids else "Queue is empty")
 
+def attend(queue, job_id, ending, tail):
+    """See a job through, by a worker of our own while nobody else works it. A signal, or a reader that
+    has gone, cancels it."""
+    pool = Pool(queue.store(), only=[job_id])
+    pool.watch(ending.fd, int)
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where it has to be answered like Ctrl-C."""
+    def look():
+        waits = False
+        try:
+            waits = tail.look()
+        except OSError:
+            tail.serial = SILENT
+            ending.numbers = [signal.SIGPIPE]
+        if ending.take():
+            queue.change("cancel", ids=[job_id], skip=True)
+        if not (pool.own or is_worked(queue.look(), job_id)):
+            pool.own = [MAX_WORKERS + 1]
+        return waits
+    watch(look, pool.step)
+    pool.own = []
+    while pool.workers:  # with the `on-dead` job
+        pool.step()
 
-    exit_code = 143
-
-
-def terminate(_number, _frame):
-    raise Terminated()
-
-
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def abandon(queue, job_id):
-    """Cancel the job of a `run` that ends early, and wait for its end; what to say."""
-    try:
-        queue.call("cancel", ids=[job_id])
-        await_end(queue, job_id)
-    except Failure:  # it has just ended, or can't be reached
-        return "job %s is left as it is; see: show %s" % (job_id, job_id)
-    return "job %s cancelled" % job_id
-
-
-def attend(queue, job_id, quiet):
-    """See a job of `run` through: its last answer. Whatever ends that early cancels the job."""
-    heard = []
-
-    def handle(number, frame):
-        """timeout(1) sends two signals: one that comes at once is the same again, a later one ends
-        the waiting that the first brought."""
-        if not heard or monotonic() > heard[-1] + TWICE_S:
-            heard.append(monotonic())
-            (signal.default_int_handler if number == signal.SIGINT else terminate)(number, frame)
-    for number in ENDINGS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handle)
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
-        return await_end(queue, job_id) if quiet else follow(queue, job_id, work=True)
-    except KeyboardInterrupt as interrupt:
-        raise type(interrupt)(abandon(queue, job_id))
-    except (Failure, OSError):
-        tell(abandon(queue, job_id))
-        raise
-
-
-@subcommand("run", LINE, *JOB_FLAGS, switch("--quiet", "print nothing unless the job dies"))
+@subcommand(JOB + """
+    --quiet -            print nothing unless the job dies""")
 def cmd_run(queue, args):
-    """Enqueue a command, wait, hand on its output and exit code. For crontabs. Without a daemon
-    it works its own job. Ctrl-C or SIGTERM cancels the job; with --unique and the key held
-    nothing is done.
+    """Enqueue a command, wait, hand on its output and exit code. For crontabs. Where nobody works it
+    works its own job. Ctrl-C or SIGTERM cancels the job; with --unique and the key held nothing is
+    done.
 
     run --quiet --unique backup --timeout 2h -- /usr/local/bin/backup
     run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"""
-    if args.argv is None:
-        raise Usage("a command is missing, after --, like: run --quiet -- make")
-    say = silent if args.quiet else tell
-    queue.note = silent
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # until it is known whose the job is
-    answer = queue.call("enqueue", job=job_fields(args), cwd=working_directory())
+    fields = job_fields(args)
+    ending = Ending()
+    queue.note = lambda line: None
+    answer = store_one(queue, args, fields)
     job_id = answer["id"]
-    if is_held(answer):
-        say("job %s has this key and is unfinished; nothing was started" % job_id)
-        if not queue.call("logs", id=job_id, limit=0, work=True)["served"]:
-            employ(queue, job_id)  # nobody works it: its `run`, or its daemon, is gone
+    held = answer["message"] != "Job enqueued"
+    if held and not args.quiet:
+        tell("job %s has this key and is unfinished; nothing was started" % job_id)
+    if held and is_worked(queue.look(), job_id):  # else its `run`, or its daemon, is gone
         return 0
-    if answer.get("workers") == 0:
-        raise Failure("no worker runs; start one with: worker start; %s" % abandon(queue, job_id))
-    if not args.quiet:
-        warn(answer)
-    end = attend(queue, job_id, args.quiet)
-    failure = failure_of(job_id, end["state"], end["exit_code"], end["error"])
-    if failure is None:
+    tail = Tail(queue, job_id, SILENT if held or args.quiet else 0)
+    attend(queue, job_id, ending, tail)
+    store = queue.look()
+    job = known_job(store, job_id)
+    if held or job.state == "completed":
         return 0
-    if args.quiet:
-        follow(queue, job_id, to_end=False)
+    for attempt in store.attempts(job_id)[-1:] * args.quiet:
+        tail.hand_on(*output_of(store, attempt, 0))
+    failure = failure_of(job)
     tell(str(failure))
-    return failure.exit_code
+    return 130 if ending.first == signal.SIGINT else failure.exit_code
 
-
-def outlast(queue):
-    """Watch, as a client of the daemon that took over a drain; whether all is done: not so when
-    that daemon is gone too, or has not come for some seconds."""
-    wait, served_at = Wait(), monotonic()
-    for told in statuses(queue):
-        served_at = monotonic() if told["served"] else served_at
-        if not told["unsettled"] or monotonic() > served_at + 3:
-            return not told["unsettled"]
-        wait(told["hindrance"])
-
-
-@subcommand("drain", count_arg("--count", "so many workers (default 1)", default=1))
+@subcommand("""
+    -c --count COUNT  so many workers (default 1)""")
 def cmd_drain(queue, args):
-    """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running
-    or waiting for another try; exits 1 if a job died.
+    """Run what is queued, in the foreground, without a daemon. Ends when nothing is ready, running or
+    waiting for another try; exits 1 if a job died.
 
     drain --count 4"""
-    make_default_folder(queue.place)
-    queue.note = silent
-    before = next(statuses(queue))
-    if "paused" in before:
-        raise Failure("the queue is paused; go on with: resume")
-    done = False
-    while not done:
-        daemon = Daemon(queue.place, kind="drain", workers=args.count)
-        daemon.run(silent)
-        done = daemon.done
-        if not done:
-            if not daemon.yielded:
-                raise Failure("stopped before the queue was drained; the rest is kept")
-            tell("another daemon took over; waiting for it")
-            with watching():
-                done = outlast(queue)
-    died = next(statuses(queue))["totals"]["dead"] - before["totals"]["dead"]
-    if died:
-        raise Failure("%s died; see: dlq list" % plural(died, "job"))
-    print_compact(reply("Queue drained"))
+    ending, store = Ending(), queue.store()
+    progress, pool = Progress(queue), Pool(store, args.count or 1)
+    pool.watch(ending.fd, int)
 
+    def look():
+        progress.look()
+        if ending.take():
+            (pool.force if pool.stopping else pool.stop)()
+        elif not store.unsettled(now_ms()):
+            pool.stop()
+        return pool.stopping and not pool.workers
+    watch(look, pool.step)
+    progress.close()
+    if ending.first:
+        tell("stopped before the queue was drained; the rest is kept")
+        return 130 if ending.first == signal.SIGINT else 1
+    if progress.failed:
+        raise Failure("%s died; see: queuectl dlq list" % plural(progress.failed, "job"))
+    print_reply("Queue drained")
 
-def report(args, done, count):
-    """What was done ("cancelled", "deleted"), or would be, to how many jobs."""
-    one = len(args.ids) == 1 and not args.dry_run
-    print_compact(reply("%s %s%s" % ("Job " + args.ids[0] if one else plural(count, "job"),
-                                     "would be " * args.dry_run, done)))
+@subcommand(CHOSEN)
+def cmd_retry(queue, args):
+    """Run jobs that have ended again; have failed ones tried now.
 
+    retry hello
+    retry --state cancelled"""
+    act_on(queue, args, FINISHED + ("failed",), "added to queue", "retry")
 
-@subcommand("cancel", *selection(UNFINISHED), DRY_RUN)
-def cmd_cancel(queue, args):
-    """Make jobs dead: waiting ones at once, running ones when all their processes are stopped.
-
-    cancel hello
-    cancel --state pending --dry-run"""
-    count, stopping = 0, []
-    # failed once more: a job may move on between two looks
-    states = UNFINISHED if args.dry_run else UNFINISHED + ("failed",)
-    for answer in each_answer(queue, args, states, "cancel", dry_run=args.dry_run):
-        count += answer["count"]
-        stopping += answer["stopping"]
-    for job_id in stopping:
-        with watching():
-            await_end(queue, job_id)
-    report(args, "cancelled", count)
-
-
-@subcommand("delete", *selection(FINISHED), DRY_RUN)
-def cmd_delete(queue, args):
-    """Delete finished jobs, with their attempts and output.
-
-    delete hello
-    delete --state dead --dry-run"""
-    counts = [answer["count"] for answer in each_answer(
-        queue, args, FINISHED, "delete", older_than=args.older_than, dry_run=args.dry_run)]
-    report(args, "deleted", sum(counts))
-
-
-@subcommand("purge", arg("--state", "completed (default) or dead", choices=FINISHED,
-                         default="completed", metavar="S"),
-            duration_arg("--older-than", "only those that finished so long ago"), DRY_RUN)
-def cmd_purge(queue, args):
-    """Delete completed jobs. The setting retention has it done by itself.
-
-    purge --older-than 7d
-    purge --state dead --older-than 30d --dry-run"""
-    cmd_delete(queue, args)
-
-
-@subcommand("pause", arg("--reason", "shown by status", default="", metavar="TEXT"))
-def cmd_pause(queue, args):
-    """Start nothing new; running jobs go on. Kept over restarts.
-
-    pause --reason 'disk swap, back at 9'"""
-    print_compact(queue.call("pause", reason=args.reason))
-
-
-@subcommand("resume")
-def cmd_resume(queue, args):
-    """End the pause.
-
-    resume"""
-    print_compact(queue.call("resume"))
-
-
-@subcommand("dlq list", *LISTING)
-def cmd_dlq_list(queue, args):
-    """Show the dead jobs.
-
-    dlq list -q"""
-    print_rows(args, job_rows(queue, "dead"), JOB_COLUMNS)
-
-
-@subcommand("dlq retry", arg("ids", "a dead job", nargs="*", metavar="ID"),
-            switch("--all", "all dead jobs"))
+@subcommand("""
+    ids [ID...]
+    --all -    all dead jobs""")
 def cmd_dlq_retry(queue, args):
     """Queue dead jobs again, their attempts back at 0.
 
     dlq retry hello
     dlq retry --all"""
-    count, refused = 0, []
-    for answer in each_answer(queue, args, ("dead",), "dlq", "retry"):
-        count += answer["count"]
-        refused += answer["refused"]
-    done = answer["message"] if args.ids else "%s added to queue" % plural(count, "job")
-    for line in refused:
-        tell(line)
-    if refused:
-        raise Failure("%s, %d refused" % (done, len(refused)))
-    print_compact(reply(done))
+    act_on(queue, args, ("dead",), "added to queue", "dlq retry")
 
+@subcommand(CHOSEN)
+def cmd_cancel(queue, args):
+    """Cancel jobs: waiting ones at once, running ones when all their processes are stopped.
 
-@subcommand("config set", KEY, arg("value"))
+    cancel hello
+    cancel --state pending"""
+    ids = act_on(queue, args, UNFINISHED, "cancelled", "cancel")
+
+    def look():
+        states = [job.state for job in queue.look().jobs(ids, "id")]
+        return "processing" not in states or "running jobs to stop"
+    if look() is not True:
+        watch(look, Pool(queue.store()).step)  # it stops those whose worker is gone
+
+@subcommand(CHOSEN + """
+    --older-than AGE  only those that ended so long ago""")
+def cmd_delete(queue, args):
+    """Delete jobs that have ended, with their attempts and output.
+
+    delete hello
+    delete --state completed --older-than 7d"""
+    act_on(queue, args, FINISHED, "deleted", "delete")
+
+@subcommand("""
+    --reason TEXT  shown by status""")
+def cmd_pause(queue, args):
+    """Start nothing new; running jobs go on. Kept over restarts.
+
+    pause --reason 'disk swap, back at 9'"""
+    print_compact(queue.change("pause", reason=args.reason))
+
+@subcommand()
+def cmd_resume(queue, args):
+    """End the pause.
+
+    resume"""
+    print_compact(queue.change("resume"))
+
+@subcommand("""
+    key KEY      see: config list
+    value VALUE""")
 def cmd_config_set(queue, args):
-    """Change a setting. Times are milliseconds, or like 90s, 5m, 2h, 1d.
+    """Change a setting. Times are milliseconds, or like 90s, 5m, 1h30m; `default` puts it back.
 
     config set max-retries 5
     config set timeout 10m"""
-    print_compact(queue.call("config", "set", key=args.key, value=args.value))
+    answer = queue.change("config set", key=args.key, value=args.value)
+    if args.key in DURATIONS:
+        tell("%s: %s" % (args.key, lapse(answer["value"])))
+    print_reply(answer["message"])
 
-
-@subcommand("config get", KEY)
+@subcommand("\nkey KEY  see: config list")
 def cmd_config_get(queue, args):
     """Show a setting.
 
-    config get max-retries
-    config get backoff"""
-    print_compact(queue.call("config", "get", key=args.key)["message"])
+    config get max-retries"""
+    read_setting(args.key, "default")  # is there one?
+    print_compact(queue.look().settings[args.key])
 
-
-@subcommand("config unset", KEY)
-def cmd_config_unset(queue, args):
-    """Put a setting back to its default.
-
-    config unset timeout
-    config unset on-dead"""
-    print_compact(queue.call("config", "unset", key=args.key))
-
-
-@subcommand("config list")
+@subcommand()
 def cmd_config_list(queue, args):
     """Show all settings.
 
-    config list | grep timeout"""
-    print_indented(queue.call("config", "list")["message"])
+    config list"""
+    print_value(args, queue.look().settings)
 
-
-@subcommand("metrics", arg("--format", "json (default), or prometheus for its collectors",
-                           choices=("json", "prometheus"), default="json", metavar="F"))
+@subcommand("""
+    --format FORMAT  prometheus: for its collectors""")
 def cmd_metrics(queue, args):
     """Show counters and run times.
 
     metrics --format prometheus >queuectl.prom"""
-    metrics = queue.call("metrics")["message"]
-    print_text(indented(metrics) if args.format == "json" else exposition(metrics))
+    metrics = metrics_of(queue.look(), now_ms())
+    if args.format:
+        print_text(exposition(metrics))
+    else:
+        print_value(args, metrics)
 
-
-@subcommand("check", number_arg("--max-pending", "most pending jobs"),
-            number_arg("--max-dead", "most dead jobs"),
-            duration_arg("--max-age", "longest that a ready job may have waited, like 10m"),
-            arg("--completed", "a job whose id begins so must have completed", metavar="ID-PREFIX"),
-            duration_arg("--within", "not longer ago than this"))
+@subcommand("""
+    --max-pending N   most pending jobs
+    --max-dead N      most dead jobs
+    --max-age DUR     longest that a ready job may have waited, like 10m
+    --completed NAME  a job whose id begins so, or with this key, must have completed
+    --within DUR      not longer ago than this""")
 def cmd_check(queue, args):
-    """Judge the queue as a monitoring plugin. It says one line and exits 0 OK, 1 WARNING (jobs wait
-    and nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error).
+    """Judge the queue as a monitoring plugin. It says one line and exits 0 OK, 1 WARNING (jobs wait and
+    nobody works), 2 CRITICAL (a limit is exceeded), 3 UNKNOWN (any error).
 
     check --max-dead 0 --max-age 10m
     check --completed backup- --within 26h"""
-    if (args.completed is None) != (args.within is None):
-        raise Usage("--completed and --within go together; see: queuectl check --help")
-    if not queue.by_socket() and queue.untouched():
-        raise Failure("no queue at %s; name it with --db" % queue.place.db)
-    queue.note = silent  # the line is all that a plugin says
-    found = queue.call("check", prefix=args.completed, within=args.within or 0)["message"]
-    age, ended = (ms and ms // 1000 for ms in (args.max_age, args.within))
-    status, line = judge(found, {"pending": args.max_pending, "dead": args.max_dead, "age": age,
-                                 "ended": ended}, args.completed)
-    print_text(line)
+    if bool(args.completed) != bool(args.within):
+        raise Usage("--completed and --within go together")
+    limits = {"pending": args.max_pending, "dead": args.max_dead,
+              "age": args.max_age and args.max_age // 1000}
+    status, line = judge(queue.existing(), limits, args.completed, args.within, now_ms())
+    print_text(pasted(line))
     return status
 
-
-@subcommand("backup", arg("file", "a file that does not exist yet", metavar="FILE"))
+@subcommand("\nfile FILE  one that does not exist yet")
 def cmd_backup(queue, args):
-    """Copy the database while jobs run. The copy holds all that was acknowledged before, is
-    checked, 0600, and a queue like any other: DB_PATH=FILE.
+    """Copy the database while jobs run. The copy holds all that was acknowledged before, is checked,
+    0600, and a queue like any other: DB_PATH=FILE.
 
-    backup /var/backups/queue-$(date +%F).db
-    --db /srv/q.db backup /mnt/q.db"""
-    path = queue.database()
-    if not os.path.exists(path):
-        raise Failure("no queue at %s; name it with --db" % path)
-    signal.signal(signal.SIGTERM, terminate)  # so that no half of it is left
-    count = back_up(path, os.path.abspath(os_path(args.file)))
-    print_compact(reply("Backed up %s to %s" % (plural(count, "job"), args.file)))
+    backup /var/backups/queue-$(date +%F).db"""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no half of it is left
+    count = back_up(queue.existing(), os.path.abspath(os_path(args.file)))
+    print_reply("Backed up %s to %s" % (plural(count, "job"), args.file))
 
-
-@subcommand("doctor", *LISTING)
+@subcommand()
 def cmd_doctor(queue, args):
-    """Look for what is or will be wrong, and say what to do about it. Nothing is changed. Exit 0
-    if all is well, 1 if not.
+    """Look for what is or will be wrong, and say what to do about it. Nothing is changed. Exit 0 if all
+    is well, 1 if not.
 
-    doctor --format table
+    doctor
     --db /srv/q.db doctor"""
-    findings = diagnose(queue, queue.database())
-    print_rows(args, findings, ("check", "ok", "detail", "advice"))
-    wrong = [finding for finding in findings if not finding["ok"]]
-    for finding in wrong:
-        tell("%(check)s: %(detail)s; %(advice)s" % finding)
-    return int(bool(wrong))
+    findings = diagnose(queue)
+    wrong = [pasted("%(check)s: %(detail)s; %(advice)s" % finding) for finding in findings
+             if not finding["ok"]]
+    print_value(args, findings, wrong or ["ok"])
+    for line in () if args.table else wrong:
+        tell(line)
+    return bool(wrong)
 
-
-@subcommand("systemd", switch("--user", "for your own systemd instance"))
+@subcommand("""
+    --user -  for your own systemd instance""")
 def cmd_systemd(queue, args):
-    """Print a systemd unit that serves this queue with this file. Jobs run as the user who asks,
-    and have 80 s to end when it is stopped.
+    """Print a systemd unit that serves this queue with this file. Jobs run as the user who asks, and
+    have 80 s to end when it is stopped.
 
     systemd | sudo tee /etc/systemd/system/queuectl.service
     systemd --user >~/.config/systemd/user/queuectl.service"""
-    print_text(systemd_unit(queue.place, args.user))
-    tell("save it as %s/queuectl.service, then: systemctl%s daemon-reload; systemctl%s enable --now"
-         " queuectl" % (("~/.config/systemd/user", " --user", " --user") if args.user
-                        else ("/etc/systemd/system", "", "")))
+    print_text(systemd_unit(queue.given, args.user))
+    tell("save it as {0}/queuectl.service, then: {1} daemon-reload; {1} enable --now queuectl"
+         .format(*(("~/.config/systemd/user", "systemctl --user") if args.user
+                   else ("/etc/systemd/system", "systemctl"))))
 
+def split(argv):
+    """(the flags that stand before a command, the rest)."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 1 + (argv[at] in ("--db", "--socket"))
+    return argv[:at], argv[at:]
 
-def manual(name):
-    """(help, examples) of a command."""
-    about, _, examples = re.sub("\n +", "\n", COMMANDS[name][0].__doc__).partition("\n\n")
-    return about, ["  queuectl " + example for example in examples.split("\n")]
+OFFERED = {  # a word -> what may follow it
+    "--state": STATES, "--format": ["prometheus"], "completion": SHELLS,
+    "get": SETTINGS, "set": SETTINGS}
 
-
-def summary(name):
-    """The first sentence of a command's help."""
-    return manual(name)[0].replace("\n", " ").partition(". ")[0].rstrip(".")
-
-
-def completions():
-    """{what was typed: [(word, what it is)]} of all commands. After `COMMAND -` there are flags,
-    after `COMMAND --flag` its values, none where they can't be known."""
-    table = collections.defaultdict(list)
-    common = [("--db", "the queue's database"), ("--socket", "the daemon's socket"),
-              ("--help", "show help")]
-    settings = [(key, setting.about) for key, setting in SETTINGS.items()]
-    table[" -"] = common + [("--version", "show the version")]
-    for name, (_, arguments) in COMMANDS.items():
-        group, _, last = name.rpartition(" ")
-        table[group].append((last, summary(name)))
-        if group and group not in dict(table[""]):
-            table[""].append((group, ""))
-        table.setdefault(group + " -", common)
-        table[name + " -"] = common[:]
-        for names, options in arguments:
-            if options["help"] == argparse.SUPPRESS:
-                continue
-            values = [(str(value), "") for value in options.get("choices", ())]
-            if names[0][0] != "-":
-                table[name] += settings if names[0] == "key" else values
-                continue
-            table[name + " -"] += [(flag, options["help"]) for flag in names]
-            for flag in names if "action" not in options else ():
-                table[name + " " + flag] = values
-    for name in COMMANDS:
-        table.setdefault(name, table[name + " -"])
-    return table
-
-
-@subcommand("completion", arg("shell", "the shell to complete in", choices=sorted(SHELLS)))
+@subcommand("\nshell SHELL  the shell to complete in")
 def cmd_completion(queue, args):
-    """Print what makes Tab complete commands, flags, states and settings.
+    """Print what makes Tab complete commands, flags, states, settings and ids.
 
     completion bash >~/.local/share/bash-completion/completions/queuectl
     completion fish >~/.config/fish/completions/queuectl.fish"""
-    print_text(completion_script(args.shell, completions()))
+    if not args.argv:
+        return print_text(SHELLS[args.shell] % called())
+    *before, word = split(args.argv)[1] or args.argv
+    line, store = " ".join(before), queue.look()
+    found = OFFERED.get(line.rpartition(" ")[2]) or re.findall(
+        r"^%s\b *(\S+)" % re.escape(line), "\n".join(COMMANDS), re.M) or [
+            job.id for job in store.jobs(store.select(limit=200))]
+    if word[:1] == "-":
+        found = re.findall("(?<= )--?[a-z-]+", " --version" + GLOBAL + "".join(
+            text for name, (_, text) in COMMANDS.items() if line.startswith(name)))
+    found = {one for one in found if one.startswith(word)}
+    sys.stdout.writelines(one + "\n" for one in found)
+    return not found
 
+@subcommand()
+def cmd_(queue, args):
+    """Durable job queues. Without a command it shows what runs, waits and died."""
+    print_text("%s\n\nusual commands: enqueue -- CMD, worker start, list, show ID, logs -f ID,\n"
+               "dlq retry ID, doctor; all of them: %s --help"
+               % ("\n".join(frame(queue.look(), now_ms())), called()))
 
 # ---- Main ---------------------------------------------------------------------------------------
 # The parser of the one command that is called, and the exit status.
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as ours."""
@@ -5982,150 +4002,99 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Usage("%s; see: %s --help" % (message, self.prog))
 
+def manual(name):
+    """(help, examples) of a command; the program has an example of each."""
+    about, _, examples = COMMANDS[name][0].__doc__.replace("\n    ", "\n").partition("\n\n")
+    if not name:
+        return about, "\n".join("%s\n%s" % (about.partition(".")[0], lines.partition("\n")[0])
+                                for about, lines in map(manual, filter(None, COMMANDS)))
+    return about, "  queuectl " + examples.replace("\n", "\n  queuectl ")
 
-def new_parser(prog, **options):
+def new_parser(name):
+    about, examples = manual(name)
     # A width, or each parser would import shutil to ask the terminal, help or no help.
     layout = functools.partial(argparse.RawDescriptionHelpFormatter, width=78)
-    parser = Parser(prog=prog, formatter_class=layout, allow_abbrev=False, **options)
-    parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS,
-                        help="the queue's database (else DB_PATH)")
-    parser.add_argument("--socket", metavar="PATH", default=argparse.SUPPRESS,
-                        help="the daemon's socket (else SOCKET_PATH)")
+    parser = Parser(prog=("queuectl " + name).strip(), formatter_class=layout, allow_abbrev=False,
+                    description=about, epilog="examples:\n" + examples)
+    parser.add_argument("--version", action="version", version="queuectl " + VERSION)
+    parser.set_defaults(job=None, state=None, quiet=False, older_than=None, match=None, limit=-1)
+    for line in (GLOBAL + COMMANDS[name][1]).strip().split("\n"):
+        call, _, about = line.strip().partition("  ")
+        *names, metavar = call.split()
+        options = dict(OPTIONS.get(metavar, {}), help=about)
+        if metavar != "-":
+            options.update(metavar=metavar.strip("[.]"), type=functools.partial(read_argument, metavar))
+        parser.add_argument(*names, **options)
     return parser
 
-
-def overview(prefix=""):
-    return "commands:\n" + "\n".join("  %-15s %s" % (name, summary(name)) for name in COMMANDS
-                                     if name.startswith(prefix))
-
-
-def parse_group(name, rest):
-    """Not a command, but maybe the first word of some, like dlq: their help if that is asked for,
-    else an error that tells what is known. Does not return."""
-    known = [full for full in COMMANDS if full.startswith(name + " ")]
-    if known and set(rest) & {"-h", "--help"}:
-        new_parser("queuectl " + name, epilog=overview(name + " ") + "\n\nexamples:\n" + "\n".join(
-            manual(full)[1][0] for full in known)).parse_args(["--help"])
-    raise Usage("unknown command %s; known are %s" % (
-        " ".join([name] + rest[:1]), ", ".join(known or COMMANDS)))
-
-
-def parse_global(argv, args):
-    """Take the flags that stand before a command into `args`; the command and what follows."""
-    parser = new_parser("queuectl", description=__doc__.partition("\n\n")[0], epilog=overview()
-                        + "\n\nexamples:\n" + __doc__.split("\n\n")[1]
-                        + "\n\nqueuectl COMMAND --help tells more.")
-    parser.add_argument("--version", action="version", version="queuectl " + VERSION)
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
-    words = parser.parse_args(argv, args).words
-    if not words:
-        raise Usage("a command is missing; see: queuectl --help")
-    return words
-
-
-def parse(argv):
-    """(function, arguments) of a command line. Only the parsers that are needed are made."""
-    args, words = argparse.Namespace(argv=None, db=None, socket=None), argv
-    if not argv or argv[0].startswith("-"):
-        words = parse_global(argv, args)
-    name = " ".join(words[:2])
-    if name not in COMMANDS:
-        name = words[0]
-    if name not in COMMANDS:
-        parse_group(name, words[1:])
-    function, arguments = COMMANDS[name]
-    rest = words[len(name.split()):]
-    if "--" in rest and (WHAT in arguments or LINE in arguments):
-        at = rest.index("--")
-        rest, args.argv = rest[:at], rest[at + 1:]
-    about, examples = manual(name)
-    parser = new_parser("queuectl " + name, description=about,
-                        epilog="\n".join(["examples:"] + examples))
-    # What it means to name no jobs, for commands where some can't be named in every way.
-    parser.set_defaults(ids=(), state=None, all=False, older_than=0)
-    for names, options in arguments:
-        parser.add_argument(*names, **options)
-    args, unknown = parser.parse_known_args(rest, args)
-    if unknown:
-        parser.error("unrecognized arguments: %s%s" % (
-            " ".join(unknown), "; a command goes after --" * hasattr(args, "job")))
-    return function, args
-
+def parse(flags, words):
+    """(function, arguments) of a command line; its parser is the only one that is made."""
+    name = next(one for one in map(" ".join, (words[:2], words[:1], [])) if one in COMMANDS)
+    if words and not name and "--help" not in words:
+        import difflib
+        given = " ".join(filter(str.isalpha, words[:2]))
+        raise Usage("unknown command %s; did you mean: queuectl %s" % (
+            given, " or ".join(difflib.get_close_matches(given, COMMANDS, 3, 0.5) or ["--help"])))
+    end = (words + ["--"]).index("--") if name in ("enqueue", "run", "completion") else len(words)
+    args = new_parser(name).parse_args(flags + words[len(name.split()):end])
+    args.argv = words[end + 1:]
+    args.table = (args.table or sys.stdout.isatty() and not args.json) and not args.quiet
+    return COMMANDS[name][0], args
 
 def prepare_stdio():
     """Open descriptors 0 to 2, or the lock could become one of them; write UTF-8 whatever the
     locale."""
-    import io
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # becomes this very one
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
-            setattr(sys, name, io.TextIOWrapper(stream.detach(), "utf-8", "backslashreplace",
-                                                line_buffering=name == "stderr"))
-        elif stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
+    fd = 0
+    while fd < 3:  # it becomes the lowest one that is free
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    sys.stdout = open(1, "w", -1, "utf-8", "backslashreplace", closefd=False)
+    sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)
 
-
-def is_check(argv):
-    """Whether the command is `check`, whatever else is wrong with the line."""
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("-"):
-            return word == "check"
-        if word in ("--db", "--socket"):
-            next(words, None)
-    return False
-
-
-def complain(argv, problem, status):
+def complain(words, error):
     """Say what went wrong, in one line; the exit status. `check` has its own form of both."""
-    if is_check(argv):
+    problem = str(error)
+    if words[:1] == ["check"]:
         with suppress(OSError):
             print_text("UNKNOWN - %s" % problem.replace("|", "/"))
         return 3
-    tell(compact({"success": False, "message": "Error: %s" % problem}))
-    return status
-
+    if not isinstance(error, BrokenPipeError):  # who reads has enough
+        tell("Error: " + problem if sys.stderr.isatty() and "--json" not in sys.argv else
+             compact({"success": False, "message": "Error: %s" % pasted(problem)}))
+    return getattr(error, "exit_code", 1)
 
 def main(argv):
     """Run one command; the exit status. 0: done, 1: refused or failed, 2: wrong usage."""
+    flags, words = split(list(map(utf8, argv)))
     try:
-        function, args = parse([utf8(argument) for argument in argv])
-        return function(Queue(locate(args.db, args.socket), tell), args) or 0
-    except Failure as error:
-        return complain(argv, str(error), error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        tell(str(interrupt) or "interrupted")
-        return getattr(interrupt, "exit_code", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at exit
-        return 3 if is_check(argv) else 1
-    except OSError as error:
-        return complain(argv, safe(str(error)), 1)
+        call_as(utf8(sys.argv[0]), None)
+        function, args = parse(flags, words)
+        place = locate(args.db, args.socket)
+        call_as(utf8(sys.argv[0]), args.db and utf8(place.db))
+        with closing(Queue(place, tell)) as queue:
+            return function(queue, args) or 0
+    except (Failure, OSError) as error:
+        return complain(words, error)
+    except KeyboardInterrupt:
+        tell("interrupted; the jobs go on")
+        return 130
 
-
-def leave(status):
-    """End at once. Not sys.exit: multiprocessing would wait for workers, which may outlive their
-    daemon to finish their jobs."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
-
-
-if __name__ == "__main__":
-    code = 3 if is_check(sys.argv[1:]) else 1
+def run_script():
+    """The program. Ends at once, not by sys.exit: multiprocessing would wait for workers, which may
+    outlive their daemon to finish their jobs."""
+    status = 1
     try:
         prepare_stdio()
-        code = main(sys.argv[1:])
-    except SystemExit as end:  # argparse, after --help and --version
-        code = end.code
+        status = main(sys.argv[1:])
+    except SystemExit as ending:  # argparse, after its help
+        status = ending.code
     except BaseException:
         import traceback
         traceback.print_exc()
     finally:
-        leave(code)  # also where there is no memory for a traceback
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(status)
+
+if __name__ == "__main__":
+    run_script()
