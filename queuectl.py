@@ -408,8 +408,7 @@ HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIG
         signal.SIGTTIN, signal.SIGTTOU)
 
 class Place(collections.namedtuple("Place", "db db_given socket socket_given")):
-    """Where a queue is. db, socket: absolute paths; …_given: by flag or environment, else the
-    default."""
+    """Where a queue is. db, socket: absolute paths; …_given: by flag or environment."""
 
     __slots__ = ()
 
@@ -1558,7 +1557,7 @@ def record(store, claim, outcome, worker, now):
     wish = store.wish(claim.slot, claim.serial)
     if wish is None:
         return None
-    spread = int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
+    spread = store.settings["jitter"] and int.from_bytes(os.urandom(2), "big") / 32767.5 - 1
     verdict = decide(claim._replace(wish=wish), outcome, store.settings, now, spread)
     there = store.finish(claim, verdict, outcome, worker)
     return verdict, there and verdict.state == "dead" and on_job_death(store, claim.job, now)
@@ -3529,7 +3528,8 @@ def cmd_worker_start(queue, args):
     worker start --count 3"""
     count, place = args.count or 1, queue.given
     try:
-        if place.socket_given and not (place.db_given or is_served(place.socket)):
+        unserved = place.socket_given and not (place.db_given or is_served(place.socket))
+        if unserved or not queue.place.daemon():
             raise NoDaemon(place.db)
         queue.change("worker start", count=count)
     except NoDaemon:
@@ -4042,8 +4042,7 @@ def parse(flags, words):
     return COMMANDS[name][0], args
 
 def prepare_stdio():
-    """Open descriptors 0 to 2, or the lock could become one of them; write UTF-8 whatever the
-    locale."""
+    """Open descriptors 0 to 2, or the lock could become one of them; write UTF-8 in any locale."""
     fd = 0
     while fd < 3:  # it becomes the lowest one that is free
         fd = os.open(os.devnull, os.O_RDWR)
