@@ -2601,8 +2601,7 @@ class Daemon(Pool):
             self.store.note_startup(now_ms())
             if workers is not None:
                 self.store.configure("workers", workers)
-        self.store.close()
-        self.store.patience_s = TURN_S
+        self.store.patience_s = self.store.turn.patience_s = TURN_S
         self.ending = Ending()
         self.watch(self.ending.fd, self.on_signal)
 
