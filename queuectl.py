@@ -144,8 +144,7 @@ def iso(ms):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ms // 1000)) + ".%03dZ" % (ms % 1000)
 
 def parse_date(text, local=False):
-    """ms since 1970 of an ISO 8601 date-time (also SQLite's form); one without an offset is UTC, or
-    `local` time."""
+    """ms since 1970 of an ISO 8601 date-time, or SQLite's; without an offset it is UTC, or `local`."""
     from datetime import datetime, timedelta, timezone
     try:
         *numbers, fraction, zone, hours, minutes = re.fullmatch(DATE, text.strip()).groups("0")
@@ -222,8 +221,7 @@ compact = json.JSONEncoder(separators=(",", ":"), default=repr).encode
 # A Failure is expected: it becomes one line that says the way out, never a traceback.
 
 class Failure(Exception):
-    """A normal failure. `str()` is the line for the user, safe for a terminal; `details` travel in the
-    answer."""
+    """A normal failure: `str()` is a line for the user, safe for a terminal; `details` for programs."""
 
     exit_code = 1
 
@@ -243,7 +241,7 @@ class NoDaemon(Failure):
         super().__init__("no daemon runs for %s; start one with: queuectl worker start" % db)
 
 class StorageError(Failure):
-    """The database can't be used now; nothing was changed."""
+    """The database can't be used now. After a failed sync a change may have been made all the same."""
 
 class Busy(StorageError):
     """It is not our turn yet, or another program holds the database's write lock."""
@@ -389,7 +387,7 @@ def read_note(path):
 
 def write_note(fd, **note):
     """Note an object in the file, filled up with blanks: one write replaces it whole."""
-    os.pwrite(fd, compact(note).encode().ljust(1000), 0)
+    os.pwrite(fd, compact(note).encode().ljust(4000), 0)
 
 def peer_uid(sock):
     """Who is at the other end of a Unix socket, by the kernel's word; None where it gives none."""
@@ -522,7 +520,7 @@ class Turn:
         try:
             self.waiting = True
             signal.signal(signal.SIGALRM, self.on_alarm)
-            signal.setitimer(signal.ITIMER_REAL, self.patience_s)
+            signal.setitimer(signal.ITIMER_REAL, self.patience_s, 1)  # the first may come too early
             signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
             fcntl.flock(self.fd, fcntl.LOCK_EX)
         finally:
@@ -812,7 +810,7 @@ CREATE INDEX jobs_due ON jobs (due)
 CREATE INDEX jobs_finished ON jobs (state, finished_at)
 
 CREATE TABLE running (  -- the open attempts
-    slot INTEGER PRIMARY KEY,        -- that this and the next are unique is promise 2: nothing runs
+    slot INTEGER PRIMARY KEY,        -- that this and the next are unique is why nothing can run
     job TEXT NOT NULL UNIQUE,        -- twice at once
     serial INTEGER NOT NULL,
     boot TEXT NOT NULL,
@@ -897,7 +895,7 @@ CREATE TRIGGER jobs_removed AFTER DELETE ON jobs BEGIN
 # ---- Store --------------------------------------------------------------------------------------
 # The only SQL but for the schema. Writes are made inside `transaction()`, which has its turn under
 # the lock; each takes the time as `now` (ms) and names the arrow it stands for. What is to be
-# acknowledged is made durable by `sync()`, after the lock was released: the disk never holds it.
+# acknowledged is made durable by `sync()`, after the lock was released: only checkpoints sync under it.
 
 # In brackets, not quotes: SQLite takes an unknown "column" for a text.
 COLUMNS = ", ".join("[%s]" % name for name in Job._fields)
@@ -1018,7 +1016,7 @@ class Store:
     def migrate(self, version):
         """Bring the schema up to date, while no daemon runs."""
         try:
-            lock = open(os.devnull if self.memory else self.place.hold_daemon(0))
+            lock = open(os.devnull if self.memory else self.place.hold_daemon(0.1))
         except Failure as error:
             raise StorageError("%s has an older schema, which only changes while no daemon runs;"
                                " restart it (%s)" % (self.path, error))
@@ -1265,8 +1263,8 @@ class Store:
         """The Claims of all open attempts, or of the one in a slot."""
         return [Claim._make(row) for row in self.query(
             """SELECT running.serial, running.slot, running.boot, running.started_at, running.wish,
-                      running.job, jobs.runs + 1, COALESCE(jobs.attempts, 0), jobs.max_retries,
-                      jobs.timeout, jobs.command, jobs.cwd, jobs.env, NULL
+                      running.job, jobs.runs + 1, COALESCE(jobs.attempts, 0),
+                      COALESCE(jobs.max_retries, 1), jobs.timeout, jobs.command, jobs.cwd, jobs.env, NULL
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
                WHERE :slot IS NULL OR running.slot = :slot""", {"slot": slot})]
@@ -1344,7 +1342,8 @@ class Store:
                             timeout = CASE WHEN own & ? THEN timeout ELSE ? END,
                             max_retries = CASE WHEN own & ? THEN max_retries ELSE ? END
                         WHERE id = ? AND state IN ('completed', 'dead', 'cancelled')""", (
-            OWN["timeout"], self.settings["timeout"], OWN["max_retries"], self.settings["max-retries"], job.id))
+            OWN["timeout"], self.settings["timeout"], OWN["max_retries"],
+            self.settings["max-retries"], job.id))
 
     def delete(self, ids):
         for job_id in ids:
@@ -1358,7 +1357,7 @@ class Store:
                WHERE state = 'completed' AND finished_at < ? LIMIT ?""",
             (kept and iso(now - max(kept, KEEP_MS)), STEP))]  # 0: no date is before that
 
-    # -- looking: needs no turn
+    # -- looking: once open it needs no turn
 
     def job(self, job_id):
         """The Job, or None."""
@@ -1638,8 +1637,11 @@ def set_setting(store, now, key=None, value=None):
 def start_workers(store, now, count=1):
     """Want so many workers more. Without a daemon nobody would start them."""
     count, wanted = checked("count", as_count, count), store.settings["workers"]
-    if store.place.daemon().get("stopping", True):
+    daemon = store.place.daemon()
+    if not daemon:
         raise NoDaemon(store.path)
+    if daemon["stopping"]:
+        raise Failure("the daemon is stopping; try again when it has ended")
     if wanted + count > MAX_WORKERS:
         raise Failure("at most %d workers; %d are wanted already" % (MAX_WORKERS, wanted))
     store.configure("workers", wanted + count)
@@ -1743,7 +1745,7 @@ def resolve(request):
 
 def perform(store, request, committed=lambda: None):
     """The answer to a request; Failure if it is refused. A change that was made before is only answered
-    again. `committed()` is called once it is made, before it is on the disk."""
+    again. `committed()` is called before it is on the disk: a worker may start meanwhile."""
     changes, function, arguments = resolve(request)
     if not changes:
         with store.mutex:
@@ -1996,10 +1998,9 @@ def close_descriptors(keep):
             with suppress(OSError):  # the one that listed them
                 os.close(fd)
 
-def default_signals():
-    """A job starts with default dispositions and an empty mask, whatever the daemon inherited. Nor does
-    a signal end or stop us, who may hold the lock. By handlers that do nothing, not SIG_IGN: exec
-    resets handlers only."""
+def ignore_signals():
+    """No signal ends or stops us, who may hold the lock; and jobs start with default dispositions and an
+    empty mask, whatever the daemon inherited. Not by SIG_IGN: exec resets handlers only."""
     for number in range(1, signal.NSIG):
         with suppress(OSError, ValueError):
             if number in HELD + (signal.SIGCHLD,) or signal.getsignal(number) == signal.SIG_IGN:
@@ -2094,6 +2095,7 @@ class Worker:
             pause_s = min(pause_s * 2, 5.0)
 
     def record_and_claim(self, claim, outcome, claims):
+        """Not synced: after a power cut the last outcomes may be lost, and those jobs run again."""
         store, recorded, new = self.store, None, None
         with store.transaction():
             now = now_ms()
@@ -2160,7 +2162,7 @@ class Worker:
 def worker_main(sock, place, slot, slot_fd, only, open_files):
     """The whole life of a worker process. `open_files`: the limit that jobs get back."""
     close_descriptors({sock.fileno(), slot_fd})
-    default_signals()
+    ignore_signals()
     set_open_files(open_files)
     for name in list(os.environb):
         if FOR_THE_DAEMON.match(name):
@@ -2174,13 +2176,13 @@ def worker_main(sock, place, slot, slot_fd, only, open_files):
 STARTS = 32  # children forked in one go
 
 def child_main(target, sock, args):
-    """Nothing of the parent's may be flushed, closed or finalized in a child."""
+    """Nothing of the parent's may be flushed, closed or finalized in a child; args[0]: the Place."""
     try:
         target(sock, *args)
         os._exit(0)
     except BaseException:
         import traceback
-        traceback.print_exc()
+        args[0].log(traceback.format_exc())
     finally:
         os._exit(1)
 
@@ -2511,7 +2513,6 @@ def serve(store, listener, look):
     """Answer requests on connections to `listener`, a thread each, for ever."""
     import socketserver
     import threading
-    places = threading.Semaphore(MAX_CLIENTS)
 
     class Handler(socketserver.StreamRequestHandler):
         timeout, wbufsize = IDLE_S, -1
@@ -2522,7 +2523,6 @@ def serve(store, listener, look):
                     self.wfile.flush() if piece is None else self.wfile.write(piece.encode())
 
         def finish(self):
-            places.release()
             with suppress(OSError):
                 super().finish()
 
@@ -2531,7 +2531,8 @@ def serve(store, listener, look):
 
         def verify_request(self, request, _):
             """Only the owner of the queue gets in, and not too many: others do without a daemon."""
-            return peer_uid(request) in (os.geteuid(), None) and places.acquire(blocking=False)
+            return (peer_uid(request) in (os.geteuid(), None)
+                    and threading.active_count() < MAX_CLIENTS)
 
     server = Server(None, Handler, bind_and_activate=False)
     server.socket.close()
@@ -2542,14 +2543,18 @@ def server_main(sock, place, listener):
     """The whole life of the server process: it ends with its supervisor."""
     import threading
     close_descriptors({sock.fileno(), listener.fileno()})
-    default_signals()
+    ignore_signals()
 
     def look():
         with suppress(OSError):
             sock.send(b"!", socket.MSG_DONTWAIT)
-    threading.Thread(target=serve, args=(Store(place), listener, look), daemon=True).start()
-    while sock.recv(512):
-        pass
+
+    def leave():
+        while sock.recv(512):
+            pass
+        os._exit(0)
+    threading.Thread(target=leave).start()
+    serve(Store(place), listener, look)
 
 # ---- Daemon -------------------------------------------------------------------------------------
 # The supervisor: a Pool with as many workers as the settings want, a server, and an orderly end.
@@ -2564,8 +2569,7 @@ def notify(text):
             sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 class Ending:
-    """SIGTERM, SIGINT and SIGHUP noted, for who polls `fd`. TERM always counts; the others stay ignored
-    if they were."""
+    """SIGTERM, SIGINT and SIGHUP noted, for who polls `fd`. The last two stay ignored if they were."""
 
     def __init__(self):
         self.fd = wakeup_fd()
@@ -2613,8 +2617,7 @@ class Daemon(Pool):
         return range(1, 0 if self.stopping else self.store.settings["workers"] + 1)
 
     def listen(self):
-        """(listener, path): at the socket given, or at the default one, or in DB-run if that is
-        taken."""
+        """(listener, path): at the socket given, or at the default one, or, that taken, in DB-run."""
         for path in [self.place.socket] + [self.place.file("socket")] * (not self.place.socket_given):
             check_socket_path(path)
             try:
@@ -2991,8 +2994,7 @@ def look_at_daemon(queue):
 def look_at_database(queue):
     if not os.path.isdir(queue.place.file("")):
         return "not there yet"
-    if is_locked(queue.place.file("lock")):
-        raise Failure("the database was not looked at; free its lock first")
+    look_at_lock(queue)
     store = queue.look()
     damage = store.integrity()
     if damage:
@@ -3504,7 +3506,7 @@ def cmd_daemon_stop(queue, args):
     os.kill(daemon["pid"], signal.SIGTERM)
 
     def look():
-        if process_start(daemon["pid"]) != daemon["start"]:
+        if queue.place.daemon().get("pid") != daemon["pid"]:
             return True
         if monotonic() >= force_at:
             os.kill(daemon["pid"], signal.SIGTERM)
@@ -3928,7 +3930,7 @@ def cmd_backup(queue, args):
 
 @subcommand()
 def cmd_doctor(queue, args):
-    """Look for what is or will be wrong, and say what to do about it. Nothing is changed. Exit 0 if all
+    """Look for what is or will be wrong, and say what to do about it. No job is touched. Exit 0 if all
     is well, 1 if not.
 
     doctor
