@@ -1107,7 +1107,7 @@ class Store:
                 return
             upto = self.commits
             try:
-                if wanted <= self.failed or not os.fstat(self.wal).st_nlink:
+                if wanted <= self.failed or self.broken or not os.fstat(self.wal).st_nlink:
                     raise OSError(errno.EIO, "disk I/O error: its -wal is not on the disk")
                 getattr(os, "fdatasync", os.fsync)(self.wal)
                 self.synced = upto
@@ -1264,7 +1264,8 @@ class Store:
         return [Claim._make(row) for row in self.query(
             """SELECT running.serial, running.slot, running.boot, running.started_at, running.wish,
                       running.job, jobs.runs + 1, COALESCE(jobs.attempts, 0),
-                      COALESCE(jobs.max_retries, 1), jobs.timeout, jobs.command, jobs.cwd, jobs.env, NULL
+                      COALESCE(jobs.max_retries, 1), jobs.timeout, jobs.command, jobs.cwd,
+                      jobs.env, NULL
                FROM running LEFT JOIN jobs
                  ON jobs.id = running.job AND jobs.serial = running.serial
                WHERE :slot IS NULL OR running.slot = :slot""", {"slot": slot})]
@@ -1411,7 +1412,8 @@ class Store:
         return self.value("""SELECT EXISTS (SELECT 1 FROM running)
                                  OR (? AND EXISTS (SELECT 1 FROM jobs WHERE ready = 1))
                                  OR EXISTS (SELECT 1 FROM jobs WHERE due >= 0 AND due <= ?)
-                                 OR EXISTS (SELECT 1 FROM jobs WHERE state = 'failed')""",
+                                 OR EXISTS (SELECT 1 FROM jobs
+                                            WHERE state = 'failed' AND ready IS NULL)""",
                           (not self.paused, now))
 
     def attempts(self, job_id):
@@ -1773,20 +1775,13 @@ UNSTARTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSP
              errno.EROFS, errno.EIO)  # the host's fault, not the job's: burns no retry
 FOR_THE_DAEMON = re.compile(b"LISTEN_|WATCHDOG_|NOTIFY_SOCKET")  # what systemd means for it alone
 
-def job_environment(claim, run_file):
-    """What a command finds in its environment: its caller's, or the worker's; the job's; ours. None:
-    the worker's, with ours in it, which costs no copy."""
-    ours = {b"QUEUECTL_JOB_ID": claim.job.encode(), b"QUEUECTL_ATTEMPT": b"%d" % (claim.attempts + 1),
-            b"QUEUECTL_RUN": os.fsencode(run_file)}
-    if claim.environ:
-        environ = {as_bytes(name): as_bytes(text) for name, text in json.loads(claim.environ).items()}
-    elif claim.env in (None, "{}"):
-        os.environb.update(ours)
-        return None
-    else:
-        environ = dict(os.environb)
+def job_environment(claim, run_file, environ):
+    """What a command finds in its environment: its caller's, or `environ`; the job's; ours."""
+    environ = ({as_bytes(name): as_bytes(text) for name, text in json.loads(claim.environ).items()}
+               if claim.environ else dict(environ))
     environ.update((as_bytes(name), as_bytes(text)) for name, text in env_of(claim.env).items())
-    environ.update(ours)
+    environ.update({b"QUEUECTL_JOB_ID": claim.job.encode(), b"QUEUECTL_RUN": os.fsencode(run_file),
+                    b"QUEUECTL_ATTEMPT": b"%d" % (claim.attempts + 1)})
     return environ
 
 def send(number, group, others):
@@ -1892,7 +1887,8 @@ class Attempt:
                 split_shell(worker.store.settings["shell"]) + [claim.command.encode()],
                 stdin=worker.null, stdout=theirs, stderr=theirs,
                 cwd=as_bytes(claim.cwd) if claim.cwd else os.path.dirname(worker.place.db),
-                env=job_environment(claim, self.path), pass_fds=(self.file,), start_new_session=True)
+                env=job_environment(claim, self.path, worker.environ), pass_fds=(self.file,),
+                start_new_session=True)
         finally:
             os.close(theirs)
         worker.note(serial=claim.serial, leader=self.process.pid)
@@ -1999,7 +1995,7 @@ def close_descriptors(keep):
                 os.close(fd)
 
 def ignore_signals():
-    """No signal ends or stops us, who may hold the lock; and jobs start with default dispositions and an
+    """No signal ends or stops us, who may hold the lock; jobs start with default dispositions and an
     empty mask, whatever the daemon inherited. Not by SIG_IGN: exec resets handlers only."""
     for number in range(1, signal.NSIG):
         with suppress(OSError, ValueError):
@@ -2038,6 +2034,8 @@ class Worker:
         self.store = Store(place, door=True)
         self.wake_fd = wakeup_fd()
         self.null = os.open(os.devnull, os.O_RDONLY)
+        self.environ = {name: text for name, text in os.environb.items()
+                        if not FOR_THE_DAEMON.match(name)}  # not set by setenv, which never frees
         sock.setblocking(False)
         self.poll = select.poll()
         self.poll.register(sock, select.POLLIN)
@@ -2164,9 +2162,6 @@ def worker_main(sock, place, slot, slot_fd, only, open_files):
     close_descriptors({sock.fileno(), slot_fd})
     ignore_signals()
     set_open_files(open_files)
-    for name in list(os.environb):
-        if FOR_THE_DAEMON.match(name):
-            del os.environb[name]
     Worker(place, slot, slot_fd, sock, only).run()
 
 # ---- Pool ---------------------------------------------------------------------------------------
@@ -2659,7 +2654,7 @@ class Daemon(Pool):
         """A request was stored; or the server has ended, and the next look starts another."""
         self.look_at = 0.0
         if self.server.ended():
-            self.look_at = monotonic() + BUSY_S
+            self.look_at = monotonic() + LOOK_S
             self.forget(self.server)
             self.server = None
 
@@ -2678,14 +2673,15 @@ class Daemon(Pool):
 
     def end_server(self):
         """Nobody is let in any more: commands do without."""
-        if self.listener:
-            with suppress(OSError):
-                os.unlink(self.path)
-            self.listener.close()
-            self.listener = None
         if self.server:
+            os.kill(self.server.process.pid, signal.SIGKILL)  # it may be stopped
             self.forget(self.server)
             self.server = None
+        if self.listener:
+            self.listener.close()
+            self.listener = None
+            with suppress(OSError):  # what lies there now may be another's
+                is_served(self.path) is False and os.unlink(self.path)
 
 # ---- Client -------------------------------------------------------------------------------------
 # Where a command finds its queue, and how it has its changes made: by the daemon, or, if nobody
@@ -2714,6 +2710,8 @@ def locate(db, sock):
     place = Place(os.path.join(os.path.realpath(folder), name), bool(db),
                   os.path.abspath(os_path(sock or DEFAULT_SOCKET)), bool(sock))
     check_socket_path(place.socket)
+    with suppress(FileNotFoundError):
+        check_ours(place.file(""), os.lstat(place.file("")), stat.S_ISDIR)
     return place
 
 def shell_quote(text):
@@ -2726,10 +2724,9 @@ def ask(path, request, patience_s=PATIENCE_S):
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(patience_s)
         sock.connect(path)
-        if peer_uid(sock) not in (os.geteuid(), None):
-            raise Failure("%s is served by another user; give another --socket" % path)
-        sock.sendall(compact(request).encode() + b"\n")
-        return dict(json.loads(receive(sock, bytearray()) or b""))
+        if peer_uid(sock) in (os.geteuid(), None):  # else it is another user's
+            sock.sendall(compact(request).encode() + b"\n")
+            return dict(json.loads(receive(sock, bytearray()) or b""))
     return {}
 
 def daemon_at(path, patience_s=PATIENCE_S):
@@ -2824,14 +2821,12 @@ def call_words(place, program):
             + ["--socket", place.socket] * place.socket_given)
 
 def compiled(place):
-    """The path of this program, compiled, in DB-run, so that the daemon is there at once and needs less
-    memory; the script while there is no DB-run."""
+    """The path of this program, compiled, in DB-run: a daemon is there sooner and needs less memory."""
     import importlib.util
     import marshal
     path, size = place.file("queuectl.pyc"), 12 if sys.version_info >= (3, 7) else 8
     new = "%s.%d" % (path, os.getpid())
-    if not os.path.isdir(place.file("")):
-        return os.path.abspath(sys.argv[0])
+    Store(place, patience_s=PATIENCE_S).close()  # refuses a place, or a DB-run, that is not ours
     with open(new, "wb", opener=open_private) as file:
         file.write(importlib.util.MAGIC_NUMBER + bytes(size) + marshal.dumps(CODE))
     os.rename(new, path)
@@ -3534,12 +3529,7 @@ def cmd_worker_start(queue, args):
             raise NoDaemon(place.db)
         queue.change("worker start", count=count)
     except NoDaemon:
-        try:
-            tell(start_in_background(place, "--workers", str(count)))
-        except Failure:
-            if not place.daemon():
-                raise
-            queue.change("worker start", count=count)  # another was faster
+        tell(start_in_background(place, "--workers", str(count)))
     print_reply("Started %s" % plural(count, "worker"))
 
 @subcommand("""
@@ -4073,7 +4063,7 @@ def main(argv):
         call_as(utf8(sys.argv[0]), args.db and utf8(place.db))
         with closing(Queue(place, tell)) as queue:
             return function(queue, args) or 0
-    except (Failure, OSError) as error:
+    except Exception as error:
         return complain(words, error)
     except KeyboardInterrupt:
         tell("interrupted; the jobs go on")
