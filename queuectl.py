@@ -2545,8 +2545,9 @@ def server_main(sock, place, listener):
             sock.send(b"!", socket.MSG_DONTWAIT)
 
     def leave():
-        while sock.recv(512):
-            pass
+        with suppress(OSError):
+            while sock.recv(512):
+                pass
         os._exit(0)
     threading.Thread(target=leave).start()
     serve(Store(place), listener, look)
@@ -2558,7 +2559,7 @@ def notify(text):
     """Tell systemd, where it started us and listens; never an error."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
-        with suppress(OSError, ValueError), \
+        with suppress(OSError), \
                 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(BUSY_S)
             sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
@@ -2612,14 +2613,19 @@ class Daemon(Pool):
         return range(1, 0 if self.stopping else self.store.settings["workers"] + 1)
 
     def listen(self):
-        """(listener, path): at the socket given, or at the default one, or, that taken, in DB-run."""
-        for path in [self.place.socket] + [self.place.file("socket")] * (not self.place.socket_given):
-            check_socket_path(path)
-            try:
-                return listen_at(path), path
-            except OSError as error:
-                problem = error
-        raise Failure("can't listen at %s: %s; give another --socket" % (path, problem.strerror))
+        """(listener, path): at the socket given, or at the default one, or, that taken, in DB-run. The
+        server of a daemon that was killed may still be leaving there."""
+        until = monotonic() + GRACE_S
+        while True:
+            for path in [self.place.socket] + [self.place.file("socket")] * (not self.place.socket_given):
+                check_socket_path(path)
+                try:
+                    return listen_at(path), path
+                except OSError as error:
+                    problem = error.strerror
+            if monotonic() > until:
+                raise Failure("can't listen at %s: %s; give another --socket" % (path, problem))
+            sleep(0.02)
 
     def run(self, announce):
         """Serve until stopped."""
