@@ -1773,7 +1773,6 @@ def perform(store, request, committed=lambda: None):
 
 UNSTARTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT,
              errno.EROFS, errno.EIO)  # the host's fault, not the job's: burns no retry
-FOR_THE_DAEMON = re.compile(b"LISTEN_|WATCHDOG_|NOTIFY_SOCKET")  # what systemd means for it alone
 
 def job_environment(claim, run_file, environ):
     """What a command finds in its environment: its caller's, or `environ`; the job's; ours."""
@@ -2034,8 +2033,9 @@ class Worker:
         self.store = Store(place, door=True)
         self.wake_fd = wakeup_fd()
         self.null = os.open(os.devnull, os.O_RDONLY)
+        # What jobs get. Not by os.environ: setenv(3) keeps every text that it was ever given.
         self.environ = {name: text for name, text in os.environb.items()
-                        if not FOR_THE_DAEMON.match(name)}  # not set by setenv, which never frees
+                        if not re.match(b"LISTEN_|WATCHDOG_|NOTIFY_SOCKET", name)}  # what is systemd's
         sock.setblocking(False)
         self.poll = select.poll()
         self.poll.register(sock, select.POLLIN)
@@ -2239,9 +2239,9 @@ class Pool:
                 with suppress(OSError):
                     os.unlink(self.place.file(serial))
 
-    def log(self, text, every_s=60.0):
-        """Log it, the same at most every `every_s` seconds."""
-        if monotonic() - self.logged.get(text, -every_s) >= every_s:
+    def log(self, text):
+        """Log it, the same at most once a minute."""
+        if monotonic() - self.logged.get(text, -60) >= 60:
             self.logged[text] = monotonic()
             self.place.log(text)
 
@@ -2906,7 +2906,8 @@ def judge(store, limits, name, within, now):
         figures.append("%s=%d;;%s" % (label, values[label], "" if limit is None else limit))
     if name is not None and not store.completed_at(name, max(now - within, 0)):
         problems.append("%s has not completed within %s" % (name, lapse(within)))
-    waiting = counts["pending"] + counts["failed"]
+    waiting = counts["pending"] + counts["failed"] + len(  # and those whose worker is gone
+        set(store.open_slots()).difference(store.place.slots()))
     lacks = (waiting or store.paused is not None) and hindrance(store)
     status = 2 if problems else int(bool(lacks))
     problems += ["%s waiting, %d dead" % (plural(waiting, "job"), counts["dead"])] + [
@@ -3045,10 +3046,6 @@ def write_out(stream, text):
 def tell(line, stream=None):
     """For people: a full disk or a closed pipe there is no reason to fail."""
     write_out(stream or sys.stderr, safe(pasted(line)) + "\n")
-
-def announce(line):
-    """The daemon's ready line; whoever started it may have closed its end."""
-    tell(line, sys.stdout)
 
 def print_text(text):
     """Write a line and flush, so that a full disk or a closed pipe shows here."""
@@ -3453,7 +3450,8 @@ def cmd_daemon(queue, args):
 
     daemon --workers 2
     daemon --workers 4 --grace 60s"""
-    Daemon(queue.given, args.workers, args.grace).run(announce)
+    Daemon(queue.given, args.workers, args.grace).run(
+        lambda line: tell(line, sys.stdout))
 
 def watch(look, step=sleep):
     """Call `look` until it returns True. Else it returns what is waited for, which is told after a
@@ -3588,8 +3586,7 @@ def cmd_list(queue, args):
     print_rows(args, job_rows(jobs, now_ms()) if args.table else jobs,
                ("id", "state", "age", "tries", "error", "command"))
     if len(newest) < len(rowids):
-        print_text(pasted("… and %d more; all of them: queuectl list --json"
-                          % (len(rowids) - len(newest))))
+        print_text("… and %d more; add --json to see all" % (len(rowids) - len(newest)))
 
 @subcommand(QUIET)
 def cmd_dlq_list(queue, args):
@@ -3744,8 +3741,8 @@ def attend(queue, job_id, ending, tail):
     --quiet -            print nothing unless the job dies""")
 def cmd_run(queue, args):
     """Enqueue a command, wait, hand on its output and exit code. For crontabs. Where nobody works it
-    works its own job. Ctrl-C or SIGTERM cancels the job; with --unique and the key held nothing is
-    done.
+    works its own job. Ctrl-C or SIGTERM cancels the job. With --unique and the key held it starts
+    nothing: it exits 0 at once, or, if nobody works the job that holds it, sees that job through.
 
     run --quiet --unique backup --timeout 2h -- /usr/local/bin/backup
     run --max-retries 5 -- 'curl -fsS https://example.org/ >/srv/page'"""
@@ -3754,16 +3751,16 @@ def cmd_run(queue, args):
     queue.note = lambda line: None
     answer = store_one(queue, args, fields)
     job_id = answer["id"]
-    held = answer["message"] != "Job enqueued"
-    if held and not args.quiet:
-        tell("job %s has this key and is unfinished; nothing was started" % job_id)
-    if held and is_worked(queue.look(), job_id):  # else its `run`, or its daemon, is gone
-        return 0
-    tail = Tail(queue, job_id, SILENT if held or args.quiet else 0)
+    if answer["message"] != "Job enqueued":
+        if not args.quiet:
+            tell("job %s has this key and is unfinished; no other is started" % job_id)
+        if is_worked(queue.look(), job_id):  # else its `run`, or its daemon, is gone
+            return 0
+    tail = Tail(queue, job_id, SILENT if args.quiet else 0)
     attend(queue, job_id, ending, tail)
     store = queue.look()
     job = known_job(store, job_id)
-    if held or job.state == "completed":
+    if job.state == "completed":
         return 0
     for attempt in store.attempts(job_id)[-1:] * args.quiet:
         tail.hand_on(*output_of(store, attempt, 0))
