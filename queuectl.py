@@ -3105,8 +3105,9 @@ def frame(store, now):
     """Lines of what `status --watch` shows: states, workers, running jobs, retries, deaths."""
     workers = workers_of(store, now)
     yield "  ".join("%s %d" % item for item in store.counts().items())
-    yield "%s, %.1f jobs/s" % (plural(len(workers), "worker"), store.rate(now)) + (
-        "" if store.paused is None else ", PAUSED: " + safe(store.paused))
+    yield "%s, %.1f jobs/s" % (plural(len(workers), "worker"), store.rate(now))
+    if hindrance(store):
+        yield safe(pasted("waiting for " + hindrance(store)))
     lines = [("runs %6s" % age(worker["since"], now), store.job(worker["job"]), "command")
              for worker in workers]
     lines += [("next in " + lapse(max(job.due - now, 1000)), job, "error")
