@@ -3657,7 +3657,7 @@ class Plug(FaultCase):
         self.kill_all()
         self.daemons = []
         if os.path.ismount(self.disk):
-            subprocess.check_call(["umount", self.disk])
+            wait_until(lambda: not subprocess.call(["umount", self.disk]), "nothing uses the disk")
 
     def switch_on(self, image, boot, code=""):
         """Mount the image and start a daemon, as after another boot."""
