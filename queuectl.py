@@ -29,11 +29,12 @@ Life cycle of a job, and what moves it:
   processing -> cancelled            Store.finish: at its user's wish
   processing -> pending or failed    Store.finish: given back, not counted
   pending or failed -> cancelled     Store.cancel
-  any end    -> pending              Store.requeue
+  any end -> pending                 Store.requeue
 
 On disk: DB (SQLite, WAL) and DB-run/: lock (held for each transaction), door (where workers queue
-for it), daemon (held by the daemon for its life), w.N (held by the worker of slot N, who notes its
-attempt there), a number (the output of a running attempt), log, and socket if the usual one is taken.
+for it), daemon (held by the daemon for its life, with a note), w.N (held by the worker of slot N, who
+notes its attempt there), a number (the output of a running attempt), queuectl.pyc (what a daemon in
+the background runs), log, log.1, and socket if the usual one is taken.
 
 The sections of this file, each of which uses only those above it:
 
