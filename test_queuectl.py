@@ -184,6 +184,7 @@ def become(args, *fds):
         import traceback
         traceback.print_exc()
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # it has ended
         try:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
