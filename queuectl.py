@@ -705,7 +705,7 @@ def make_job(given, settings, now, job_id, checks=FIELDS):
 def job_of_others(row, settings, now):
     """The Job, like any other, of a row that another program inserted; what can't be makes it dead with
     the reason. One that was running has not begun."""
-    job_id = safe(str(row.id)) if row.id else new_ids(now)[0]
+    job_id = row.id if row.id and row.id == safe(str(row.id)) else new_ids(now)[0]
     try:
         job = make_job(dict(zip(PUBLIC, row), id=None), settings, now, job_id, OF_OTHERS)
     except Failure as error:
@@ -1045,7 +1045,7 @@ class Store:
         Store again opens it again."""
         with suppress(Busy), self.turn or suppress():
             self.disconnect()
-        self.disconnect()
+        self.disconnect()  # also where our turn never came
         if self.turn:
             self.turn.close()
             self.turn = None
@@ -1080,7 +1080,7 @@ class Store:
             raise
 
     def undo(self):
-        """Roll back and end the turn; after trouble of SQLite's own the connection isn't used again."""
+        """Roll back and end the turn; where even that fails the connection isn't used again."""
         try:
             if self.connection.in_transaction:
                 self.cursor.execute("ROLLBACK")
@@ -1371,7 +1371,7 @@ class Store:
             """SELECT id FROM jobs
                WHERE id >= :from AND id < :to
                  AND (id = :from OR NOT EXISTS (SELECT 1 FROM jobs WHERE id = :from))
-               LIMIT 2""", {"from": prefix, "to": prefix + "􏿿"})]
+               LIMIT 2""", {"from": prefix, "to": prefix + "\U0010ffff"})]
 
     def select(self, states=(), match=None, before=None, limit=-1):
         """The rowids, oldest first, of the jobs in these states (none given: in all), with `match` in
@@ -1546,8 +1546,6 @@ def check_inserted(store, now):
     rows = store.unchecked()
     for rowid, row in rows:
         job = job_of_others(row, store.settings, now)
-        if job.id != row.id:  # none that a job can have
-            job = job._replace(id=new_ids(now)[0])
         store.replace(rowid, job)
         if job.state == "dead" != row.state:
             on_job_death(store, job.id, now)
@@ -1785,7 +1783,7 @@ def job_environment(claim, run_file, environ):
     return environ
 
 def send(number, group, others):
-    """Signal a process group (None: gone), and other processes."""
+    """Signal a process group (None: its number may be another's by now), and other processes."""
     for one in (number, signal.SIGCONT):  # a stopped process handles SIGTERM only once it goes on
         with suppress(ProcessLookupError, PermissionError):
             if group:
@@ -1905,13 +1903,13 @@ class Attempt:
                 self.pump()
             if worker.wake_fd in ready:
                 self.leads()
-            wish, now = worker.wish(self.claim), monotonic()
+            reason, now = worker.wish(self.claim), monotonic()
             if now >= note_at:
-                note_at = deadline + LOOK_S
+                note_at = deadline + LOOK_S  # not again
                 worker.note(serial=self.claim.serial, leader=pid, start=process_start(pid))
-            wish = wish or "timeout" * (now >= deadline)
-            if wish and self.leads():  # else it has ended by itself
-                self.reason = wish
+            reason = reason or "timeout" * (now >= deadline)
+            if reason and self.leads():  # else it has ended by itself
+                self.reason = reason
         self.drain()
 
     def leads(self):
@@ -2044,9 +2042,9 @@ class Worker:
 
     def run(self):
         """Settle, then: one transaction, one job, until it is to leave."""
-        claim, outcome = self.found()
+        claim, outcome = self.settle()
         while True:
-            claim = self.turn(claim, outcome)
+            claim = self.next_claim(claim, outcome)
             if claim:
                 outcome = Attempt(self, claim).run()
                 if outcome.reason == "unstarted":
@@ -2060,7 +2058,7 @@ class Worker:
         with suppress(OSError):
             write_note(self.slot_fd, pid=os.getpid(), only=self.only, at=now_ms(), **news)
 
-    def found(self):
+    def settle(self):
         """(Claim, Outcome) of the attempt that the last owner of the slot left open, once nothing of it
         is left; (None, None) without one."""
         claims = self.store.open_claims(slot=self.slot)
@@ -2077,30 +2075,30 @@ class Worker:
         output, dropped = tail_of(run_file, self.store.settings["output-limit"])
         return claim, Outcome(None, reason, "", output, dropped, now_ms())
 
-    def turn(self, claim, outcome):
-        """One transaction between two jobs: the outcome, and the next Claim or None; where that fails,
-        the outcome alone, again and again."""
+    def next_claim(self, claim, outcome):
+        """The next Claim or None, in one transaction with the outcome of the last one. Where that fails
+        the outcome alone, which a claim that can't be stored must not cost, again and again."""
         pause_s = BUSY_S
         while True:
-            for claims in (True, False):
+            for may_claim in (True, False):
                 try:
-                    return self.record_and_claim(claim, outcome, claims)
+                    return self.record_and_claim(claim, outcome, may_claim)
                 except StorageError:
                     if self.leaves():
-                        self.store.check_file()  # raises: nothing can be stored any more
+                        self.store.check_file()  # raises if nothing can be stored any more
                     if outcome is None:
                         return None
             self.listen(pause_s)
             pause_s = min(pause_s * 2, 5.0)
 
-    def record_and_claim(self, claim, outcome, claims):
+    def record_and_claim(self, claim, outcome, may_claim):
         """Not synced: after a power cut the last outcomes may be lost, and those jobs run again."""
         store, recorded, new = self.store, None, None
         with store.transaction():
             now = now_ms()
             if claim:
                 recorded = record(store, claim, outcome, os.getpid(), now)
-            if claims and not self.leaves():
+            if may_claim and not self.leaves():
                 new = store.claim(self.slot, boot_id(), now, self.only)
         if claim:
             with suppress(OSError):
@@ -2248,7 +2246,7 @@ class Pool:
 
     # -- children
 
-    def watch(self, fd, handler):
+    def on_readable(self, fd, handler):
         self.poll.register(fd, select.POLLIN)
         self.handlers[fd] = handler
 
@@ -2257,7 +2255,7 @@ class Pool:
         when it has something for us to look at, or has ended."""
         try:
             child = Child(self.context, target, self.place, *args)
-            self.watch(child.sock.fileno(), handler)
+            self.on_readable(child.sock.fileno(), handler)
             return child
         except OSError as error:
             self.log("can't start a process: %s" % error)
@@ -2321,7 +2319,7 @@ class Pool:
     def step(self, timeout_s=LOOK_S):
         """Wait for something to do, at most so long, and do it."""
         left = min(self.look_at - monotonic(), timeout_s)
-        for fd, _ in self.poll.poll(max(int(left * 1000) + 1, 0) if left > 0 else 0):
+        for fd, _ in self.poll.poll(int(left * 1000) + 1 if left > 0 else 0):
             if fd in self.handlers:
                 self.handlers[fd]()
         if monotonic() >= self.look_at:
@@ -2471,7 +2469,7 @@ def refusal(error):
     return compact(dict(success=False, message="Error: %s" % (
         error if isinstance(error, Failure) else repr(error)), **getattr(error, "details", {}))) + "\n"
 
-def answer_to(store, data, look):
+def answer_to(store, data, committed):
     """Pieces of the answer to the bytes of a request; whatever goes wrong in it is its own trouble
     alone. A list that is given as an iterator is sent row by row."""
     try:
@@ -2479,7 +2477,7 @@ def answer_to(store, data, look):
         if isinstance(request, dict) and request.get("db") not in (None, utf8(store.path)):
             raise Failure("the daemon here serves %s, not %s; leave out --socket and SOCKET_PATH"
                           % (store.path, request["db"]))
-        answer = perform(store, request, committed=look)
+        answer = perform(store, request, committed)
     except Exception as error:
         yield refusal(error)
         if not isinstance(error, Failure):  # a bug must not end the queue
@@ -2495,17 +2493,17 @@ def answer_to(store, data, look):
     else:
         yield compact(answer) + "\n"
 
-def answers(sock, store, look):
+def answers(sock, store, committed):
     """The pieces of the answers to the requests on a connection, in order; None after each."""
     inbox = bytearray()
     try:
         for data in iter(lambda: receive(sock, inbox), None):
-            yield from answer_to(store, data, look)
+            yield from answer_to(store, data, committed)
             yield None
     except Failure as error:  # where the next one would begin is unknown
         yield refusal(error)
 
-def serve(store, listener, look):
+def serve(store, listener, committed):
     """Answer requests on connections to `listener`, a thread each, for ever."""
     import socketserver
     import threading
@@ -2515,7 +2513,7 @@ def serve(store, listener, look):
 
         def handle(self):
             with suppress(OSError):
-                for piece in answers(self.request, store, look):
+                for piece in answers(self.request, store, committed):
                     self.wfile.flush() if piece is None else self.wfile.write(piece.encode())
 
         def finish(self):
@@ -2541,7 +2539,7 @@ def server_main(sock, place, listener):
     close_descriptors({sock.fileno(), listener.fileno()})
     ignore_signals()
 
-    def look():
+    def wake():
         with suppress(OSError):
             sock.send(b"!", socket.MSG_DONTWAIT)
 
@@ -2551,7 +2549,7 @@ def server_main(sock, place, listener):
                 pass
         os._exit(0)
     threading.Thread(target=leave).start()
-    serve(Store(place), listener, look)
+    serve(Store(place), listener, wake)
 
 # ---- Daemon -------------------------------------------------------------------------------------
 # The supervisor: a Pool with as many workers as the settings want, a server, and an orderly end.
@@ -2560,8 +2558,7 @@ def notify(text):
     """Tell systemd, where it started us and listens; never an error."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
-        with suppress(OSError), \
-                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(BUSY_S)
             sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
@@ -2604,7 +2601,7 @@ class Daemon(Pool):
                 self.store.configure("workers", workers)
         self.store.patience_s = self.store.turn.patience_s = TURN_S
         self.ending = Ending()
-        self.watch(self.ending.fd, self.on_signal)
+        self.on_readable(self.ending.fd, self.on_signal)
 
     def note(self, stopping):
         write_note(self.lock, pid=os.getpid(), start=process_start(os.getpid()), version=VERSION,
@@ -2618,7 +2615,8 @@ class Daemon(Pool):
         server of a daemon that was killed may still be leaving there."""
         until = monotonic() + GRACE_S
         while True:
-            for path in [self.place.socket] + [self.place.file("socket")] * (not self.place.socket_given):
+            for path in ([self.place.socket]
+                         + [self.place.file("socket")] * (not self.place.socket_given)):
                 check_socket_path(path)
                 try:
                     return listen_at(path), path
@@ -2865,8 +2863,8 @@ def is_worked(store, job_id):
             or any(note.get("only") is None or job_id in note["only"] for note in notes))
 
 def hindrance(store, job_id=None):
-    """What keeps every job from running, or None."""
-    if store.paused is not None:
+    """What keeps that job from running, or, with none given, all of them; None if nothing does."""
+    if store.paused:
         return "the end of the pause (%s); go on with: queuectl resume" % store.paused
     if not is_worked(store, job_id):
         return "a worker; start one with: queuectl worker start"
@@ -2909,7 +2907,7 @@ def judge(store, limits, name, within, now):
         problems.append("%s has not completed within %s" % (name, lapse(within)))
     waiting = counts["pending"] + counts["failed"] + len(  # and those whose worker is gone
         set(store.open_slots()).difference(store.place.slots()))
-    lacks = (waiting or store.paused is not None) and hindrance(store)
+    lacks = (waiting or store.paused) and hindrance(store)
     status = 2 if problems else int(bool(lacks))
     problems += ["%s waiting, %d dead" % (plural(waiting, "job"), counts["dead"])] + [
         "waiting for %s" % lacks] * bool(lacks)
@@ -3099,7 +3097,8 @@ def job_rows(jobs, now):
 
 def bar(done, total, failed, seconds):
     """How far it is: done of total, failures so far, time left."""
-    return "[%-20s] %d of %d, %d failed%s" % ("#" * (20 * done // (total or 1)), done, total, failed,
+    return "[%-20s] %d of %d, %d failed%s" % (
+        "#" * (20 * done // (total or 1)), done, total, failed,
         ", %s left" % lapse(int(seconds * (total - done) / done) * 1000) if done else "")
 
 def frame(store, now):
@@ -3107,11 +3106,12 @@ def frame(store, now):
     workers = workers_of(store, now)
     yield "  ".join("%s %d" % item for item in store.counts().items())
     yield "%s, %.1f jobs/s" % (plural(len(workers), "worker"), store.rate(now))
-    if hindrance(store):
-        yield safe(pasted("waiting for " + hindrance(store)))
+    lacks = hindrance(store)
+    if lacks:
+        yield safe(pasted("waiting for " + lacks))
     lines = [("runs %6s" % age(worker["since"], now), store.job(worker["job"]), "command")
              for worker in workers]
-    lines += [("next in " + lapse(max(job.due - now, 1000)), job, "error")
+    lines += [("next in " + lapse(max(job.due - now, 1000) // 1000 * 1000), job, "error")
               for job in store.next_retries(5)]
     lines += [("died %s ago" % age(job.finished_at, now), job, "error") for job in store.last_deaths(5)]
     for what, job, field in lines:
@@ -3180,7 +3180,8 @@ def unit_word(text):
 def systemd_unit(place, user):
     """A unit for this very file, interpreter and queue; `user`: for a user's own systemd."""
     import pwd
-    return UNIT % {"folder": unit_word(os.path.dirname(place.db)),
+    return UNIT % {
+        "folder": unit_word(os.path.dirname(place.db)),
         "command": " ".join(map(unit_word, call_words(place, os.path.abspath(sys.argv[0])))),
         "user": "" if user else "User=%s\n" % pwd.getpwuid(os.geteuid()).pw_name,
         "target": "default.target" if user else "multi-user.target"}
@@ -3660,8 +3661,8 @@ class Tail:
 
 def failure_of(job):
     """The Failure for a job that did not complete, with its exit code, 125 if it has none."""
-    failure = Failure("job %s %s: %s; see: queuectl logs %s" % (
-        job.id, "died" if job.state == "dead" else "was " + job.state, job.error, job.id))
+    failure = Failure("job %s %s; see: queuectl logs %s" % (
+        job.id, "died: %s" % job.error if job.state == "dead" else "was " + job.state, job.id))
     failure.exit_code = job.exit_code or 125
     return failure
 
@@ -3720,7 +3721,7 @@ def attend(queue, job_id, ending, tail):
     """See a job through, by a worker of our own while nobody else works it. A signal, or a reader that
     has gone, cancels it."""
     pool = Pool(queue.store(), only=[job_id])
-    pool.watch(ending.fd, int)
+    pool.on_readable(ending.fd, int)
 
     def look():
         waits = False
@@ -3779,7 +3780,7 @@ def cmd_drain(queue, args):
     drain --count 4"""
     ending, store = Ending(), queue.store()
     progress, pool = Progress(queue), Pool(store, args.count or 1)
-    pool.watch(ending.fd, int)
+    pool.on_readable(ending.fd, int)
 
     def look():
         progress.look()
@@ -4026,7 +4027,7 @@ def new_parser(name):
 def parse(flags, words):
     """(function, arguments) of a command line; its parser is the only one that is made."""
     name = next(one for one in map(" ".join, (words[:2], words[:1], [])) if one in COMMANDS)
-    if words and not name and "--help" not in words:
+    if words and not name and not {"-h", "--help"}.intersection(words):
         import difflib
         given = " ".join(filter(str.isalpha, words[:2]))
         raise Usage("unknown command %s; did you mean: queuectl %s" % (
@@ -4087,6 +4088,7 @@ def run_script():
         import traceback
         traceback.print_exc()
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # it has ended
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(status)

@@ -1937,8 +1937,8 @@ class BackupTest(QueueCase):
         self.says(self.db, "backup", self.copy)
         self.ok("enqueue", "-", stdin='{"command":"true"}\n' * 500)
         self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
-        for make in (lambda: open(self.copy, "w").close(), lambda: os.symlink("none", self.copy)):
-            make()
+        for put in (lambda: open(self.copy, "w").close(), lambda: os.symlink("none", self.copy)):
+            put()
             self.says(self.copy, "backup", self.copy)
             os.unlink(self.copy)
         before = read(self.db)
